@@ -1,0 +1,219 @@
+"""`actstore.open` and `actstore.create`: the few calls most programs need, over the modules that do the work."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Int
+
+from actstore.batches import WINDOW_BYTES, Batches
+from actstore.errors import InputError, UnknownNameError
+from actstore.kvstore import Root
+from actstore.layout import Layout, Site
+from actstore.ledger import committed_blocks, read_plan, read_status
+from actstore.metadata import array_metadata
+from actstore.reader import check_complete, open_dataset
+from actstore.schema import Plan
+from actstore.table import DocumentTable, StoredDocuments, write_table
+from actstore.writer import Writer
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenInContext:
+    """One token with the text around it, exactly as it stands in its document."""
+
+    before: str
+    token: str
+    after: str
+
+
+class Store:
+    """An open activation store. Made by `actstore.open`; holds no file open and reads nothing until asked."""
+
+    def __init__(self, root: Root, plan: Plan) -> None:
+        self._root = root
+        self.plan = plan
+
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        return self._root.url
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites with their layers, widths and dtypes."""
+        return self.plan.layout.sites
+
+    @property
+    def samples(self) -> int:
+        """Number of samples (rows per site and layer)."""
+        return self.plan.layout.samples
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store is sealed. Costs one read."""
+        return read_status(self._root, self.plan) == "complete"
+
+    @property
+    def committed(self) -> int:
+        """Number of committed blocks. Costs one listing."""
+        return len(committed_blocks(self._root))
+
+    @property
+    def documents(self) -> StoredDocuments:
+        """The documents the rows come from.
+
+        Raises:
+            UnknownNameError: the store was made without documents.
+        """
+        if self.plan.documents is None:
+            raise UnknownNameError(f"{self.url} holds no documents; it was created without them")
+        return StoredDocuments(self._root, self.plan.documents)
+
+    def dataset(self, *, raw: bool = False, partial: bool = False) -> xr.Dataset:
+        """The store as a lazy `xarray.Dataset`; the same as `xr.open_dataset(url)`.
+
+        Args:
+            raw: True gives bfloat16 as stored; False gives float32, in which reductions are right.
+            partial: True also opens an unfinished store, with its committed samples only.
+        """
+        return open_dataset(self._root, self.plan, raw=raw, partial=partial)
+
+    def batches(
+        self,
+        *,
+        batch_size: int,
+        site: str = "resid_post",
+        layer: int | None = None,
+        seed: int = 0,
+        epochs: int | None = None,
+        drop_remainder: bool = True,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> Batches:
+        """Shuffled minibatches [batch, width] of one site and layer, in the stored dtype.
+
+        Whole chunks are read, and samples are shuffled among the many chunks of a window.
+
+        Args:
+            batch_size: rows of one minibatch.
+            site: which site.
+            layer: label of the layer; may be left out where the site has only one.
+            seed: the same seed gives the same batches, on any machine.
+            epochs: number of passes over the store; None never ends.
+            drop_remainder: False gives a last, smaller minibatch in each epoch.
+            window_bytes: samples are shuffled in windows of this size, made of random chunks; two windows are held. A
+                window as large as the site's layer gives a perfect shuffle.
+
+        Raises:
+            UnfinishedStoreError: the store is not complete.
+            UnknownNameError: no such site or layer.
+        """
+        check_complete(self._root, self.plan)
+        return Batches(
+            self._root, self.plan, site=site, layer=layer, batch_size=batch_size, seed=seed,
+            epochs=epochs, drop_remainder=drop_remainder, window_bytes=window_bytes,
+        )  # fmt: skip
+
+    def column(self, name: str, rows: Int[np.ndarray, " n"]) -> np.ndarray:
+        """Values of a coordinate such as `document`, `position` or `token_id` for some samples.
+
+        Raises:
+            UnknownNameError: no such column.
+        """
+        names = [column.name for column in self.plan.layout.columns]
+        if name not in names:
+            raise UnknownNameError(f"column {name!r} is not in this store; it holds {', '.join(names) or 'none'}")
+        array = self._root.open_array(name, array_metadata(self.plan, complete=True)[name])
+        return np.asarray(array.oindex[np.asarray(rows, np.int64)].read().result())
+
+    def text(self, rows: Sequence[int] | Int[np.ndarray, " n"], *, window: int = 16) -> list[TokenInContext]:
+        """Each row's token with up to `window` tokens before and after it, from the stored texts: no tokenizer needed.
+
+        A token that is not part of its document's text (an end-of-text token, say) is shown as empty text at its place.
+
+        Raises:
+            UnknownNameError: the store was made without documents.
+            InputError: a row does not exist.
+        """
+        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.samples):
+            raise InputError(f"rows {wanted.min()} to {wanted.max()} asked for; this store has 0 to {self.samples - 1}")
+        stored = self.documents
+        places = zip(self.column("document", wanted), self.column("position", wanted), strict=True)
+        found: dict[int, tuple[bytes, np.ndarray]] = {}
+        shown = []
+        for document, position in places:
+            if document not in found:
+                text = stored.strings("text", np.array([document]))[0].encode()
+                found = {int(document): (text, stored.tokens(int(document))[1])}  # rows come in runs of one document
+            text, spans = found[int(document)]
+            shown.append(_in_context(text, spans, int(position), window))
+        return shown
+
+
+def open(url: str | os.PathLike[str], *, partial: bool = False) -> Store:  # noqa: A001  reads as `actstore.open`
+    """Opens the store at `url`, a local path or `file://` address.
+
+    Args:
+        url: where it is.
+        partial: True also opens a store that is still being written.
+
+    Raises:
+        StoreNotFoundError: there is no store at `url`.
+        UnfinishedStoreError: it is not complete, and `partial` is False.
+        CorruptStoreError: its metadata is damaged.
+
+    Example:
+        >>> store = actstore.open("run.acts.zarr")                                  # doctest: +SKIP
+        >>> rows = next(store.batches(site="resid_post", layer=12, batch_size=4096))  # doctest: +SKIP
+    """
+    root = Root.of(url)
+    plan = read_plan(root)
+    if not partial:
+        check_complete(root, plan)
+    return Store(root, plan)
+
+
+def create(
+    url: str | os.PathLike[str],
+    layout: Layout,
+    provenance: Mapping[str, Any],
+    *,
+    documents: DocumentTable | None = None,
+    assets: Mapping[str, bytes] | None = None,
+    seal: bool = True,
+) -> Writer:
+    """Creates a store, or continues one with the same plan, and returns its writer.
+
+    Args:
+        url: a path that ends in `.acts.zarr`.
+        layout: shapes; `Layout.fit` chooses sizes.
+        provenance: what produced the rows, as JSON: model, weights, data. A run that differs in it is refused.
+        documents: what the rows come from; without it, rows cannot be shown as text.
+        assets: small files to keep with the store, by name, such as `tokenizer.json`.
+        seal: False leaves the store open for other writers when this one ends.
+
+    Raises:
+        PlanMismatchError: `url` holds another run; the differing fields are named.
+        SealedStoreError: `url` holds this run, complete.
+        StoragePermissionError: `url` cannot be written.
+    """
+    plan = Plan.make(layout, dict(provenance), documents.layout if documents else None, assets)
+    writer = Writer(Root.of(url), plan, seal=seal, assets=assets)
+    if documents is not None:
+        write_table(writer.root, plan, documents)
+    return writer
+
+
+def _in_context(text: bytes, spans: np.ndarray, position: int, window: int) -> TokenInContext:
+    """Cuts before, token and after out of the UTF-8 of a document, at whole characters."""
+    first, last = max(position - window, 0), min(position + window, len(spans) - 1)
+    start, end = (int(edge) for edge in spans[position])
+    return TokenInContext(
+        text[int(spans[first][0]) : start].decode(errors="replace"),
+        text[start:end].decode(errors="replace"),
+        text[end : int(spans[last][1])].decode(errors="replace"),
+    )

@@ -1,0 +1,266 @@
+"""Where every row, chunk, shard and block of a store lies. Pure arithmetic: no input, no output.
+
+A *sample* is one stored row (one token at one place). A *block* is `block_samples` consecutive samples of all sites and
+layers: the unit of work and of commit. A *shard* is one object on disk, (1 layer, block_samples, width). A *chunk* is
+what one read decodes, (1 layer, chunk_samples, width).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
+
+from actstore.errors import InputError, UnknownNameError
+
+ActivationDType: TypeAlias = Literal["bfloat16", "float16", "float32"]
+ColumnDType: TypeAlias = Literal["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "float32", "float64"]
+Codec: TypeAlias = Literal["crc32c", "none", "zstd"]
+
+ITEM_BYTES: dict[str, int] = {
+    "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8,
+    "int8": 1, "int16": 2, "int32": 4, "int64": 8, "uint8": 1, "uint16": 2, "uint32": 4,
+}  # fmt: skip
+SHARD_BYTES = 128 << 20  # fewer objects than that cost requests, more cost memory: all shards of a block are in memory
+CHUNK_BYTES = 512 << 10  # small enough to shuffle well, large enough to stream: docs/explanation/layout.md
+MAX_SHARD_BYTES = 1 << 30  # TensorStore has no multipart upload
+RESERVED = frozenset({"layer", "sample", "hidden", "valid", "documents", "stats", "assets"})
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuses names that are not a plain word, or that the format uses itself.
+
+    Raises:
+        InputError: names the rule that was broken.
+    """
+    if not name.isidentifier() or not name.isascii() or name.startswith("_") or len(name) > 64:
+        raise InputError(f"{what} name {name!r} is not allowed; use up to 64 letters, digits and _, first a letter")
+    if name in RESERVED:
+        raise InputError(f"{what} name {name!r} is used by the format itself ({', '.join(sorted(RESERVED))})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place in the model whose activations are kept: one array of the store.
+
+    `layers` are the labels along the array's `layer` axis, in stored order; `None` for a place that exists once per
+    model (`embed`, `final_norm`), whose array has no `layer` axis. `width` is the length of one row.
+    """
+
+    name: str
+    width: int
+    layers: tuple[int, ...] | None
+    dtype: ActivationDType = "bfloat16"
+
+    def __post_init__(self) -> None:
+        """Refuses what could not be stored or would be read ambiguously."""
+        check_name(self.name, "site")
+        if self.dtype not in get_args(ActivationDType):
+            raise InputError(
+                f"site {self.name!r} has dtype {self.dtype!r}; expected one of {', '.join(get_args(ActivationDType))}"
+            )
+        if self.width < 1:
+            raise InputError(f"site {self.name!r} has width {self.width}; expected a positive number of values per row")
+        if self.layers is not None:
+            if not self.layers:
+                raise InputError(f"site {self.name!r} has no layers; name at least one, or None for a layerless site")
+            if len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
+                raise InputError(f"site {self.name!r} has layers {list(self.layers)}; expected distinct numbers >= 0")
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows stored for one sample: one per layer."""
+        return 1 if self.layers is None else len(self.layers)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.width * ITEM_BYTES[self.dtype]
+
+    def layer_index(self, layer: int | None) -> int:
+        """Index along the `layer` axis of the label `layer` (0 for a layerless site).
+
+        Raises:
+            UnknownNameError: the site does not hold this layer.
+        """
+        if self.layers is None:
+            if layer is not None:
+                raise UnknownNameError(f"site {self.name!r} has no layers, asked for layer {layer}; leave `layer` out")
+            return 0
+        if layer is None:
+            if len(self.layers) == 1:
+                return 0
+            raise InputError(f"site {self.name!r} holds layers {list(self.layers)}; say which one with `layer=`")
+        if layer not in self.layers:
+            raise UnknownNameError(
+                f"layer {layer} of site {self.name!r} is not in this store; it holds layers {list(self.layers)}"
+            )
+        return self.layers.index(layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A number kept for every sample, such as `document`, `position` or `token_id`: a coordinate on `sample`."""
+
+    name: str
+    dtype: ColumnDType
+
+    def __post_init__(self) -> None:
+        """Refuses names that are taken and dtypes that cannot be stored."""
+        check_name(self.name, "column")
+        if self.dtype not in get_args(ColumnDType):
+            raise InputError(
+                f"column {self.name!r} has dtype {self.dtype!r}; expected one of {', '.join(get_args(ColumnDType))}"
+            )
+
+
+DEFAULT_COLUMNS = (Column("document", "int32"), Column("position", "int32"), Column("token_id", "int32"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Shapes of a whole store: sites, samples, and how they are cut into blocks and chunks.
+
+    `chunk_samples` divides `block_samples`. The last block may be short; on disk it is padded while the store is being
+    written. Use `Layout.fit` to let the sizes be chosen.
+    """
+
+    sites: tuple[Site, ...]
+    samples: int
+    block_samples: int
+    chunk_samples: int
+    columns: tuple[Column, ...] = DEFAULT_COLUMNS
+    codec: Codec = "crc32c"
+
+    def __post_init__(self) -> None:
+        """Checks everything that later arithmetic relies on."""
+        if not self.sites:
+            raise InputError("a layout needs at least one site, found none")
+        names = [site.name for site in self.sites] + [norm_name(site.name) for site in self.sites]
+        names += [column.name for column in self.columns]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise InputError(f"the names {twice} are used twice; sites, norms and columns need names of their own")
+        if self.codec not in get_args(Codec):
+            raise InputError(f"codec {self.codec!r} is unknown; expected one of {', '.join(get_args(Codec))}")
+        for size, what in [(self.samples, "samples"), (self.block_samples, "block_samples"),
+                           (self.chunk_samples, "chunk_samples")]:  # fmt: skip
+            if size < 1:
+                raise InputError(f"{what} is {size}; expected a positive number")
+        if self.block_samples % self.chunk_samples:
+            raise InputError(
+                f"block_samples {self.block_samples} is not a multiple of chunk_samples {self.chunk_samples}; "
+                f"try block_samples={math.ceil(self.block_samples / self.chunk_samples) * self.chunk_samples}"
+            )
+        largest = max(self.sites, key=lambda site: site.row_bytes)
+        if largest.row_bytes * self.block_samples > MAX_SHARD_BYTES:
+            raise InputError(
+                f"a shard of site {largest.name!r} would have {largest.row_bytes * self.block_samples:,} bytes, at "
+                f"most {MAX_SHARD_BYTES:,} can be written at once; use block_samples <= "
+                f"{MAX_SHARD_BYTES // largest.row_bytes}"
+            )
+
+    @classmethod
+    def fit(
+        cls,
+        sites: Sequence[Site],
+        *,
+        samples: int,
+        block_samples: int | None = None,
+        columns: Sequence[Column] = DEFAULT_COLUMNS,
+        codec: Codec = "crc32c",
+        memory_bytes: int = 2 << 30,
+    ) -> "Layout":
+        """The layout with shards of about 128 MiB and chunks of about 512 KiB.
+
+        Args:
+            sites: what is stored.
+            samples: number of samples in the whole store.
+            block_samples: rows of one shard; None chooses.
+            columns: numbers kept per sample.
+            codec: of the chunks.
+            memory_bytes: upper bound for one block with all its sites and layers, which a writer holds in memory.
+        """
+        if not sites:
+            raise InputError("a layout needs at least one site, found none")
+        widest = max(site.row_bytes for site in sites)
+        chunk = _power_of_two(CHUNK_BYTES // widest)
+        if block_samples is None:
+            sample_bytes = sum(site.row_bytes * site.rows_per_sample for site in sites)
+            block_samples = _power_of_two(min(SHARD_BYTES // widest, memory_bytes // sample_bytes))
+            whole = math.ceil(max(samples, 1) / chunk) * chunk  # a small store is one block, without much padding
+            block_samples = max(chunk, min(block_samples, whole))
+        chunk = math.gcd(chunk, block_samples)
+        return cls(tuple(sites), samples, block_samples, chunk, tuple(columns), codec)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return math.ceil(self.samples / self.block_samples)
+
+    @property
+    def padded_samples(self) -> int:
+        """Length of the sample axis while writing: whole blocks, so that every write covers whole shards."""
+        return self.blocks * self.block_samples
+
+    @property
+    def shards(self) -> int:
+        """Number of data objects of the whole store."""
+        return self.blocks * sum(site.rows_per_sample for site in self.sites)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of activations per sample, over all sites and layers."""
+        return sum(site.row_bytes * site.rows_per_sample for site in self.sites)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of activations in the whole store, before any codec."""
+        return self.samples * self.sample_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of activations of one block: what a writer holds in memory per block."""
+        return self.block_samples * self.sample_bytes
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First and one-past-last sample of a block.
+
+        Raises:
+            InputError: there is no such block.
+        """
+        if not 0 <= block < self.blocks:
+            raise InputError(f"block {block} does not exist; this layout has blocks 0 to {self.blocks - 1}")
+        start = block * self.block_samples
+        return start, min(start + self.block_samples, self.samples)
+
+    def site(self, name: str) -> Site:
+        """The site of this name.
+
+        Raises:
+            UnknownNameError: no such site; the message names those there are.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise UnknownNameError(
+            f"site {name!r} is not in this store; it holds {', '.join(site.name for site in self.sites)}"
+        )
+
+    def layer_dimension(self, site: Site) -> str:
+        """Name of a site's layer axis: `layer`, or `<site>_layer` where it holds other layers than the first site."""
+        first = next(other for other in self.sites if other.layers is not None)
+        return "layer" if site.layers == first.layers else f"{site.name}_layer"
+
+    def width_dimension(self, site: Site) -> str:
+        """Name of a site's last axis: `hidden`, or `<site>_hidden` where it is not as wide as the first site."""
+        return "hidden" if site.width == self.sites[0].width else f"{site.name}_hidden"
+
+
+def norm_name(site: str) -> str:
+    """Name of the array that holds the row norms of a site."""
+    return f"{site}_norm"
+
+
+def _power_of_two(limit: int) -> int:
+    """The largest power of two that is at most `limit`, and at least 1."""
+    return 1 << max(limit.bit_length() - 1, 0)

@@ -1,0 +1,174 @@
+"""The Zarr v3 metadata of a store as a pure function of its plan. No input, no output.
+
+A reader derives every array's metadata from the plan, whose own size and shape are checked first, and never trusts what
+stands in the `zarr.json` of an array: those are there for other Zarr readers.
+"""
+
+from typing import Any, Literal
+
+from actstore.layout import Codec, Column, Layout, Site, norm_name
+from actstore.schema import CONVENTION, DocumentTableLayout, Plan, RootAttributes
+
+Json = dict[str, Any]
+TABLE_CHUNK_BYTES = 4 << 20
+BYTES_LITTLE: Json = {"name": "bytes", "configuration": {"endian": "little"}}
+BYTES_SINGLE: Json = {"name": "bytes"}
+CRC32C: Json = {"name": "crc32c"}
+
+
+def array_metadata(plan: Plan, *, complete: bool) -> dict[str, Json]:
+    """`zarr.json` of every array by its path, in the order in which a reader shows them.
+
+    Args:
+        plan: of the store.
+        complete: False gives the padded shapes of a store that is being written.
+    """
+    layout = plan.layout
+    samples = layout.samples if complete else layout.padded_samples
+    arrays: dict[str, Json] = {}
+    for site in layout.sites:
+        arrays[site.name] = _activations(layout, site, samples)
+        arrays[norm_name(site.name)] = _norms(layout, site, samples)
+        if site.layers is not None:
+            arrays[layout.layer_dimension(site)] = _labels(layout, site)
+    for column in layout.columns:
+        arrays[column.name] = _column(layout, column, samples)
+    arrays["valid"] = _array(
+        [samples], "uint8", [layout.block_samples], ["sample"], 0,
+        {"long_name": "committed", "description": "1 where the sample is committed, 0 where it is not"},
+    )  # fmt: skip
+    if plan.documents is not None:
+        arrays |= {f"documents/{name}": metadata for name, metadata in table_metadata(plan.documents).items()}
+    return arrays
+
+
+def group_metadata(plan: Plan, *, status: Literal["writing", "complete"]) -> Json:
+    """`zarr.json` of the root group, with the metadata of all arrays consolidated into it."""
+    attributes = RootAttributes(status=status, fingerprint=plan.fingerprint)
+    model = plan.provenance.get("model")
+    nodes = array_metadata(plan, complete=status == "complete")
+    if plan.documents is not None:
+        nodes["documents"] = documents_group()
+    return {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": {
+            "actstore": attributes.model_dump(mode="json"),
+            "zarr_conventions": [CONVENTION],
+            "model": str(model.get("name", "")) if isinstance(model, dict) else "",
+            "title": "activations",
+        },
+        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes},
+    }
+
+
+def documents_group() -> Json:
+    """`zarr.json` of the `documents` group."""
+    return {
+        "zarr_format": 3, "node_type": "group", "attributes": {"description": "the documents the rows come from"},
+    }  # fmt: skip
+
+
+def table_metadata(table: DocumentTableLayout) -> dict[str, Json]:
+    """`zarr.json` of every array of the `documents` group, by its name inside the group."""
+    arrays: dict[str, Json] = {}
+
+    def flat(name: str, size: int, dtype: str, item_bytes: int, dimension: str, description: str) -> None:
+        chunk = max(min(size, TABLE_CHUNK_BYTES // item_bytes), 1)
+        arrays[name] = _array([size], dtype, [chunk], [dimension], 0, {"description": description})
+
+    for column, size in table.strings.items():
+        flat(f"{column}_bytes", size, "uint8", 1, f"{column}_byte", f"UTF-8 bytes of the column {column!r}")
+        flat(f"{column}_offsets", table.documents + 1, "int64", 8, "document_edge",
+             f"document i holds {column}_bytes[offsets[i]:offsets[i + 1]]")  # fmt: skip
+    for column, dtype in table.numbers.items():
+        flat(column, table.documents, dtype, 8, "document", f"user column {column!r}")
+    flat("token_offsets", table.documents + 1, "int64", 8, "document_edge",
+         "document i holds tokens offsets[i]:offsets[i + 1]")  # fmt: skip
+    flat("token_id", table.tokens, "int32", 4, "token", "token ids of all documents, one after the other")
+    flat("token_start", table.tokens, "uint32", 4, "token", "first byte of the token in its document's text")
+    flat("token_end", table.tokens, "uint32", 4, "token", "one past the last byte of the token in its document's text")
+    return arrays
+
+
+def _activations(layout: Layout, site: Site, samples: int) -> Json:
+    """A site: sharded, (1 layer, block_samples, width) with chunks of (1, chunk_samples, width)."""
+    shape, shard, chunk = [samples], [layout.block_samples], [layout.chunk_samples]
+    dimensions = ["sample", layout.width_dimension(site)]
+    if site.layers is not None:
+        shape, shard, chunk = [len(site.layers), *shape], [1, *shard], [1, *chunk]
+        dimensions = [layout.layer_dimension(site), *dimensions]
+    sharding = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": [*chunk, site.width],
+            "codecs": _chunk_codecs(layout.codec),
+            "index_codecs": [BYTES_LITTLE, CRC32C],
+            "index_location": "end",
+        },
+    }
+    attributes: Json = {"long_name": f"{site.name} activations", "site": site.name}
+    if layout.columns:
+        attributes["coordinates"] = " ".join(column.name for column in layout.columns)
+    return _array([*shape, site.width], site.dtype, [*shard, site.width], dimensions, "NaN", attributes, [sharding])
+
+
+def _norms(layout: Layout, site: Site, samples: int) -> Json:
+    """Euclidean norms of the rows of a site: sinks and outliers can be found without reading the rows."""
+    shape, chunk, dimensions = [samples], [layout.block_samples], ["sample"]
+    if site.layers is not None:
+        shape, chunk = [len(site.layers), *shape], [1, *chunk]
+        dimensions = [layout.layer_dimension(site), *dimensions]
+    attributes: Json = {"long_name": f"Euclidean norm of {site.name}", "site": site.name}
+    if layout.columns:
+        attributes["coordinates"] = " ".join(column.name for column in layout.columns)
+    return _array(shape, "float32", chunk, dimensions, "NaN", attributes)
+
+
+def _labels(layout: Layout, site: Site) -> Json:
+    """The layer labels of a site: a coordinate that xarray indexes."""
+    labels = site.layers or ()
+    name = layout.layer_dimension(site)
+    return _array([len(labels)], "int32", [len(labels)], [name], -1, {"long_name": "layer of the model"})
+
+
+def _column(layout: Layout, column: Column, samples: int) -> Json:
+    """A number per sample."""
+    fill: int | str = "NaN" if column.dtype.startswith("float") else 0 if column.dtype.startswith("u") else -1
+    return _array([samples], column.dtype, [layout.block_samples], ["sample"], fill, {"long_name": column.name})
+
+
+def _chunk_codecs(codec: Codec) -> list[Json]:
+    """Codecs inside a shard: always plain little-endian bytes first."""
+    extra: dict[str, list[Json]] = {
+        "none": [],
+        "crc32c": [CRC32C],
+        "zstd": [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}, CRC32C],
+    }
+    return [BYTES_LITTLE, *extra[codec]]
+
+
+def _array(
+    shape: list[int],
+    dtype: str,
+    chunk: list[int],
+    dimensions: list[str],
+    fill: int | str,
+    attributes: Json,
+    codecs: list[Json] | None = None,
+) -> Json:
+    """One array's metadata; the default codecs are those of small arrays: bytes and crc32c."""
+    plain = BYTES_SINGLE if dtype.endswith("int8") else BYTES_LITTLE
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": fill,
+        "codecs": codecs or [plain, CRC32C],
+        "attributes": attributes,
+        "dimension_names": dimensions,
+        "storage_transformers": [],
+    }

@@ -1,0 +1,56 @@
+"""Statistics of activation rows. Pure NumPy: no input, no output."""
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float, Float32, Shaped
+
+from actstore.errors import InputError
+
+_LARGEST = {"float16": 65_504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
+_ROWS_AT_ONCE = 1024  # 1,024 x 896 float32 is 3.7 MB: stays in the second-level cache
+
+
+def to_float32(rows: Shaped[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """The same values in float32, exact for bfloat16, float16 and float32.
+
+    bfloat16 is widened by a shift of its bits: about 3 times as fast as ml_dtypes' own cast.
+    """
+    if rows.dtype == ml_dtypes.bfloat16:
+        wide = np.empty(rows.shape, np.uint32)
+        np.left_shift(rows.view(np.uint16), 16, out=wide, dtype=np.uint32)
+        return wide.view(np.float32)
+    return rows.astype(np.float32, copy=False)
+
+
+def row_norms(rows: Shaped[np.ndarray, "sample width"]) -> Float32[np.ndarray, " sample"]:
+    """Euclidean norm of each row, summed in float32. Costs a few MB beside the rows; inf where a square overflows."""
+    norms = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = to_float32(rows[start : start + _ROWS_AT_ONCE])
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms[start : start + len(part)] = np.sqrt(np.einsum("ij,ij->i", part, part))
+    return norms
+
+
+def as_stored(values: Float[np.ndarray, "*shape"], dtype: str, *, what: str) -> Shaped[np.ndarray, "*shape"]:
+    """`values` in the dtype they are stored in; not copied where they already are.
+
+    Raises:
+        InputError: a finite value does not fit into float16, or the values are not floating-point numbers.
+    """
+    target = np.dtype(dtype)
+    if values.dtype == target:
+        return values
+    if values.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise InputError(
+            f"{what} has dtype {values.dtype}; expected {dtype}, or float32 or float64 to be rounded to {dtype}"
+        )
+    with np.errstate(over="ignore"):
+        stored = values.astype(target)
+    lost = np.isinf(to_float32(stored)) & np.isfinite(values)
+    if lost.any():
+        raise InputError(
+            f"{what} has a value of {np.abs(values[lost]).max():.6g}, {dtype} ends at "
+            f"{_LARGEST[dtype]:.6g}; store this site as bfloat16 or float32"
+        )
+    return stored

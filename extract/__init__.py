@@ -1,0 +1,30 @@
+"""extract: runs a language model over documents and stores its activations.
+
+`load_model`, `make_plan` and `run` are the whole path; JAX is imported when the first of them is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from extract.documents import Document, open_documents
+    from extract.plan import ExtractPlan, load_model, make_plan
+    from extract.run import Progress, run
+
+_WHERE = {
+    "Document": "extract.documents",
+    "ExtractPlan": "extract.plan",
+    "Progress": "extract.run",
+    "load_model": "extract.plan",
+    "make_plan": "extract.plan",
+    "open_documents": "extract.documents",
+    "run": "extract.run",
+}
+__all__ = ["Document", "ExtractPlan", "Progress", "load_model", "make_plan", "open_documents", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that `actstore --help` does not wait for JAX."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'extract' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

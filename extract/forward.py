@@ -1,0 +1,103 @@
+"""The forward pass of an extraction: token ids in, kept rows of the chosen sites out, as one jitted pure function."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from extract.models import Model, ModelError, Params, Tap, check_taps, site_widths
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+Rows = dict[str, Float[Array, "layer row width"]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forward:
+    """A forward pass over packed contexts. Call it, or give it to `jax.eval_shape` to learn the shapes first.
+
+    Attributes:
+        layers: For each site, the layers along the first axis of its rows, ascending; `(None,)` for `embed` and
+            `final_norm`, whose first axis has size 1.
+        widths: Width of a row at each of these sites.
+        dtype: Of the rows returned.
+    """
+
+    layers: Mapping[str, tuple[int | None, ...]]
+    widths: Mapping[str, int]
+    dtype: str
+    _function: Callable[..., Rows] = dataclasses.field(repr=False)
+
+    def __call__(
+        self,
+        params: Params,
+        token_ids: Int[Array, "batch context"],
+        segment_ids: Int[Array, "batch context"],
+        positions: Int[Array, "batch context"],
+        kept: Int[Array, " row"],
+    ) -> Rows:
+        """Returns the kept rows of every site, `[layer, row, width]`; only they leave the device.
+
+        Layers after the last requested one are not computed, nor is the output head. The same arguments give the same
+        bits in every process on the same kind of machine. Each new combination of shapes compiles once.
+
+        Args:
+            params: `model.params`, wherever and however they are placed.
+            token_ids: Below the vocabulary size; a larger one makes its batch row NaN.
+            segment_ids: 1 and up for the documents packed into a row, each a run of neighbouring tokens; 0 for padding.
+            positions: Of each token in its document, from 0.
+            kept: Flat indices into `batch * context` of the rows to return, in the order wanted. May repeat, which is
+                how a short last batch keeps its shape. Must lie inside: others are clipped.
+        """
+        return self._function(params, token_ids, segment_ids, positions, kept)
+
+
+def make_forward(model: Model, taps: Iterable[Tap], *, dtype: str) -> Forward:
+    """Prepares the forward pass that captures `taps`. Nothing is compiled or computed yet.
+
+    Args:
+        model: Its structure is used, not its parameters: pass these to the call.
+        taps: What to capture; order and repetition do not matter.
+        dtype: Of the rows returned: "bfloat16", "float16" or "float32". The cast is on the device. A value over 65,504
+            becomes infinite in float16: whoever stores it has to refuse.
+
+    Raises:
+        ModelError: A tap does not exist, there is none, or the dtype is unknown.
+    """
+    wanted = frozenset(Tap(*tap) for tap in taps)
+    check_taps(model.config, wanted)
+    if not wanted:
+        raise ModelError("found no taps; expected at least one; pass for example [Tap('final_norm', None)]")
+    if dtype not in DTYPES:
+        raise ModelError(f"found dtype {dtype!r}; expected one of {', '.join(DTYPES)}; pass dtype='bfloat16'")
+    graph, layers = model.graph, _layers_by_site(wanted)
+
+    def forward(
+        params: Params,
+        token_ids: Int[Array, "batch context"],
+        segment_ids: Int[Array, "batch context"],
+        positions: Int[Array, "batch context"],
+        kept: Int[Array, " row"],
+    ) -> Rows:
+        decoder = nnx.merge(graph, params)
+        found = decoder.activations(token_ids, segment_ids, positions, wanted)
+        rows = {tap: _rows(value, kept).astype(dtype) for tap, value in found.items()}
+        return {site: jnp.stack([rows[Tap(site, layer)] for layer in layers[site]]) for site in layers}
+
+    widths = {site: width for site, width in site_widths(model.config).items() if site in layers}
+    return Forward(layers=layers, widths=widths, dtype=dtype, _function=jax.jit(forward))
+
+
+def _layers_by_site(taps: Iterable[Tap]) -> dict[str, tuple[int | None, ...]]:
+    layers: dict[str, list[int | None]] = defaultdict(list)
+    for site, layer in sorted(taps):
+        layers[site].append(layer)
+    return {site: tuple(chosen) for site, chosen in layers.items()}
+
+
+def _rows(values: Float[Array, "batch context width"], kept: Int[Array, " row"]) -> Float[Array, "row width"]:
+    return jnp.take(values.reshape(-1, values.shape[-1]), kept, axis=0, mode="clip")

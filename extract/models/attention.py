@@ -1,0 +1,125 @@
+"""Causal attention in bounded memory: the scores of a few query rows exist at a time, never all of them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+CHUNK_ROWS = 64
+"""Query rows whose scores exist at once. 64 keeps them in the caches of a CPU core (figures in `attend`)."""
+
+QUERY_RUNS = 4
+"""The queries are cut into this many runs, each of which reads only the keys its rows may see. More runs save up to a
+tenth of the time and cost as much more compilation, in every layer."""
+
+
+class _Rows(NamedTuple):
+    """Query rows of one chunk, the query heads that share a key head side by side."""
+
+    query: Float[Array, "batch kv_head group row dim"]
+    segment_ids: Int[Array, "batch row"]
+    indices: Int[Array, " row"]
+
+
+class _Keys(NamedTuple):
+    """The keys and values that a run of queries may see."""
+
+    key: Float[Array, "batch kv_head source dim"]
+    value: Float[Array, "batch kv_head source dim"]
+    segment_ids: Int[Array, "batch source"]
+    indices: Int[Array, " source"]
+
+
+def attend(
+    query: Float[Array, "batch sequence head dim"],
+    key: Float[Array, "batch sequence kv_head dim"],
+    value: Float[Array, "batch sequence kv_head dim"],
+    segment_ids: Int[Array, "batch sequence"],
+    *,
+    window: int | None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Float[Array, "batch sequence head dim"]:
+    """Mixes the values that each token may see: same segment, not later, and no further back than `window` tokens.
+
+    Scores and softmax are float32 whatever the dtype of the arguments. Segments must be runs of neighbouring tokens.
+    Head `h` of the query reads key head `h // (heads / kv_heads)`.
+
+    Cost: `batch * heads * chunk_rows * sequence` float32 scores at a time. Sequences up to `chunk_rows` are one chunk,
+    which is plain attention. With 9 heads of 64 and 3 key heads in float32 on 2 CPU cores, a batch of (8, 256) takes
+    14 ms, against 35 ms with all scores at once; (1, 2048) takes 90 against 450 ms.
+
+    Args:
+        query: Rotated queries.
+        key: Rotated keys.
+        value: Values.
+        segment_ids: Tokens attend within their own segment only.
+        window: How many tokens a token sees, itself included; None for all before it.
+        chunk_rows: Query rows at a time.
+    """
+    batch, length, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    # Heads first makes each product one plain batched matmul: XLA's CPU backend takes 1.5 to 2 times longer for the
+    # same contraction in the (sequence, head) order.
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    keys = _Keys(key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), segment_ids, jnp.arange(length))
+    rows = _Rows(grouped, segment_ids, keys.indices)
+    mixed = _attend_rows(rows, keys, window) if length <= chunk_rows else _attend_runs(rows, keys, window, chunk_rows)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _attend_runs(
+    rows: _Rows, keys: _Keys, window: int | None, chunk_rows: int
+) -> Float[Array, "batch kv_head group sequence dim"]:
+    """Runs of chunks: a Python loop where the visible keys differ, `lax.map` (one body to compile) within a run."""
+    length = rows.indices.size
+    run = -(-length // (QUERY_RUNS * chunk_rows)) * chunk_rows
+    parts = []
+    for start in range(0, length, run):
+        stop = min(start + run, length)
+        low = 0 if window is None else max(0, start - window + 1)
+        visible = _Keys(
+            keys.key[:, :, low:stop], keys.value[:, :, low:stop], keys.segment_ids[:, low:stop], keys.indices[low:stop]
+        )
+        whole = (stop - start) // chunk_rows * chunk_rows + start
+        if whole > start + chunk_rows:
+            parts.append(_attend_mapped(_slice(rows, start, whole - start), visible, window, chunk_rows))
+        elif whole > start:
+            parts.append(_attend_rows(_slice(rows, start, chunk_rows), visible, window))
+        if stop > whole:
+            parts.append(_attend_rows(_slice(rows, whole, stop - whole), visible, window))
+    return jnp.concatenate(parts, axis=3)
+
+
+def _attend_mapped(
+    rows: _Rows, keys: _Keys, window: int | None, chunk_rows: int
+) -> Float[Array, "batch kv_head group run dim"]:
+    starts = jnp.arange(0, rows.indices.size, chunk_rows)
+    chunks = lax.map(lambda start: _attend_rows(_slice(rows, start, chunk_rows), keys, window), starts)
+    return jnp.moveaxis(chunks, 0, 3).reshape(rows.query.shape)
+
+
+def _attend_rows(rows: _Rows, keys: _Keys, window: int | None) -> Float[Array, "batch kv_head group row dim"]:
+    batch, kv_heads, group, count, dim = rows.query.shape
+    ahead = rows.indices[:, None] - keys.indices[None]
+    in_reach = (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
+    visible = in_reach & (rows.segment_ids[:, :, None] == keys.segment_ids[:, None])
+    flat = rows.query.reshape(batch, kv_heads, group * count, dim)
+    products = jnp.einsum(
+        "bkrd,bksd->bkrs", flat, keys.key, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    scores = products.reshape(batch, kv_heads, group, count, -1) * dim**-0.5
+    # Every row sees at least itself, so no row is all -inf.
+    shares = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    flat_shares = shares.astype(keys.value.dtype).reshape(batch, kv_heads, group * count, -1)
+    mixed = jnp.einsum("bkrs,bksd->bkrd", flat_shares, keys.value, precision=lax.Precision.HIGHEST)
+    return mixed.reshape(rows.query.shape)
+
+
+def _slice(rows: _Rows, start: int | Int[Array, ""], count: int) -> _Rows:
+    return _Rows(
+        lax.dynamic_slice_in_dim(rows.query, start, count, axis=3),
+        lax.dynamic_slice_in_dim(rows.segment_ids, start, count, axis=1),
+        lax.dynamic_slice_in_dim(rows.indices, start, count, axis=0),
+    )

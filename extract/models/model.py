@@ -1,0 +1,100 @@
+"""A loaded model: its shape, its parameters and its fingerprints."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from extract.models.config import DecoderConfig
+from extract.models.decoder import Decoder
+from extract.models.sites import Tap, check_taps, default_layers
+
+Params = nnx.State[Any, Any]
+"""The weights of a decoder: a pytree, to be placed on devices and passed through `jax.jit` like any other."""
+
+FINAL = Tap("final_norm", None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder with its weights. Weight processing is none: values are those of the checkpoint.
+
+    Attributes:
+        name: Name of the folder it was loaded from.
+        config: Its shape.
+        graph: Structure of the `Decoder`; `nnx.merge(model.graph, params)` makes the module again.
+        params: Its weights, in `dtype`.
+        dtype: "float32" or "bfloat16"; norms, softmax and rotary positions are float32 in either.
+        weights_digest: sha256 over the tensors as stored, before conversion to `dtype`.
+        config_digest: sha256 over `config`.
+    """
+
+    name: str
+    config: DecoderConfig
+    graph: nnx.GraphDef[Decoder]
+    params: Params
+    dtype: str
+    weights_digest: str
+    config_digest: str
+
+    def apply(
+        self,
+        params: Params,
+        input_ids: Int[Array, "batch sequence"],
+        *,
+        segment_ids: Int[Array, "batch sequence"] | None = None,
+        positions: Int[Array, "batch sequence"] | None = None,
+        return_activations: bool = False,
+        layers: tuple[int, ...] | None = None,
+    ) -> (
+        Float[Array, "batch sequence vocabulary"]
+        | tuple[Float[Array, "batch sequence vocabulary"], dict[str, Float[Array, "batch sequence hidden"]]]
+    ):
+        """Returns float32 logits and, if asked, activations: a convenience for notebooks and small batches.
+
+        Runs the whole model and returns whole sequences; `extract.forward.make_forward` stops early and returns only
+        the rows that are kept. Compiles once for each shape and choice of layers.
+
+        Args:
+            params: `model.params`, or others of the same shape.
+            input_ids: Tokens; shorter sequences are padded on the right, or anywhere with `segment_ids` 0.
+            segment_ids: 1 and up for the documents of a packed row, 0 for padding. None: each row is one document.
+            positions: Of each token in its segment. None: from 0 in each row.
+            return_activations: Return `(logits, activations)`. The activations are `"layer_12"` for the residual
+                stream after layer 12 and `"layer_24_norm"` for the final norm of a model of 24 layers.
+            layers: Which layers; None for `default_layers`.
+
+        Raises:
+            ModelError: A layer does not exist.
+        """
+        chosen = default_layers(self.config.layers) if layers is None else layers
+        taps = tuple(Tap("resid_post", layer) for layer in chosen) if return_activations else ()
+        check_taps(self.config, taps)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(input_ids)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        logits, final, *values = _run(self.graph, params, input_ids, segment_ids, positions, taps)
+        if not return_activations:
+            return logits
+        named = {f"layer_{layer}": value for layer, value in zip(chosen, values, strict=True)}
+        return logits, named | {f"layer_{self.config.layers}_norm": final}
+
+
+@partial(jax.jit, static_argnames=("graph", "taps"))
+def _run(
+    graph: nnx.GraphDef[Decoder],
+    params: Params,
+    token_ids: Int[Array, "batch sequence"],
+    segment_ids: Int[Array, "batch sequence"],
+    positions: Int[Array, "batch sequence"],
+    taps: tuple[Tap, ...],
+) -> list[Float[Array, "batch sequence _"]]:
+    """Returns the logits, the final norm and the values at `taps`."""
+    decoder = nnx.merge(graph, params)
+    found = decoder.activations(token_ids, segment_ids, positions, {*taps, FINAL})
+    return [decoder.unembed(found[FINAL]), found[FINAL], *(found[tap] for tap in taps)]

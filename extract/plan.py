@@ -1,0 +1,229 @@
+"""Documents x sites x layers x packing -> a frozen plan: what every row is and where it will lie, before compute."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import numpy as np
+from jaxtyping import Int64
+
+from actstore.errors import InputError
+from actstore.layout import ActivationDType, Codec, Layout, Site
+from actstore.schema import Plan
+from actstore.table import DocumentTable
+from extract import tokens
+from extract.documents import Document
+from extract.mesh import local_devices
+from extract.models.errors import ModelError
+from extract.models.sites import LAYERLESS_SITES, Tap, check_taps, default_layers, site_widths
+from extract.packing import Contexts, Packing, pack
+
+if TYPE_CHECKING:
+    from extract.models import Model
+
+CONTEXT = 256
+BATCH = 8
+DEFAULT_SITES = ("resid_post",)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractPlan:
+    """A run that is decided but not begun. `store` is the part that the store keeps and compares."""
+
+    store: Plan
+    model: "Model"
+    taps: tuple[Tap, ...]
+    documents: DocumentTable
+    packing: Packing
+    batch: int
+    assets: dict[str, bytes] = dataclasses.field(repr=False)
+
+    @property
+    def steps(self) -> int:
+        """Number of forward passes of the whole run, `batch` contexts each."""
+        return math.ceil(self.packing.contexts / self.batch)
+
+    def step_edges(self) -> Int64[np.ndarray, " step_edge"]:
+        """First sample of each step, and the number of samples at the end."""
+        edges = self.packing.row_edges()
+        return np.append(edges[:: self.batch][: self.steps], edges[-1])
+
+    def contexts(self, step: int) -> Contexts:
+        """The input of one step."""
+        table = self.documents
+        return self.packing.take(
+            step * self.batch, self.batch, token_offsets=table.token_offsets, token_id=table.token_id
+        )  # fmt: skip
+
+    def describe(self) -> str:
+        """The plan in a few lines: what is read, computed and written, and what it costs."""
+        layout, packing = self.store.layout, self.packing
+        sites = "; ".join(
+            f"{site.name} {'' if site.layers is None else list(site.layers)} x {site.width} {site.dtype}"
+            for site in layout.sites
+        )
+        return "\n".join(
+            [
+                f"model      {self.model.name}, {self.model.config.layers} layers, computed in {self.model.dtype}",
+                f"documents  {len(self.documents.ids):,}, {len(self.documents.token_id):,} tokens",
+                f"contexts   {packing.contexts:,} of {packing.context} tokens, {packing.useful_share:.1%} useful",
+                f"steps      {self.steps:,} of {self.batch} contexts",
+                f"sites      {sites}",
+                f"samples    {layout.samples:,}, {layout.data_bytes / 1e6:,.1f} MB",
+                f"blocks     {layout.blocks:,} of {layout.block_samples:,} samples, {layout.shards:,} shards",
+                f"memory     {layout.block_bytes * 3 / 1e6:,.0f} MB for blocks being filled and written",
+                f"fingerprint {self.store.fingerprint[:16]}",
+            ]
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers of `describe` for a program."""
+        layout = self.store.layout
+        return {
+            "fingerprint": self.store.fingerprint,
+            "model": self.model.name,
+            "documents": len(self.documents.ids),
+            "tokens": len(self.documents.token_id),
+            "contexts": self.packing.contexts,
+            "useful_share": round(self.packing.useful_share, 4),
+            "steps": self.steps,
+            "sites": [dataclasses.asdict(site) for site in layout.sites],
+            "samples": layout.samples,
+            "bytes": layout.data_bytes,
+            "blocks": layout.blocks,
+            "block_samples": layout.block_samples,
+            "shards": layout.shards,
+        }
+
+
+def make_plan(
+    folder: str | Path,
+    documents: Sequence[Document],
+    *,
+    sites: Sequence[str] = DEFAULT_SITES,
+    layers: Sequence[int] | None = None,
+    context: int = CONTEXT,
+    batch: int = BATCH,
+    dtype: str = "bfloat16",
+    block_samples: int | None = None,
+    codec: Codec = "crc32c",
+    model: "Model | None" = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExtractPlan:
+    """Plans a run: tokenises, packs, and gives every token its sample number. All tokens are kept.
+
+    Args:
+        folder: of the model, as HuggingFace saves it, with `tokenizer.json`.
+        documents: what to read.
+        sites: places to keep, by the names of `extract.models.site_widths`.
+        layers: layers of every layered site; None keeps 6, 12, 18 and 23, or quarters of a smaller model.
+        context: tokens the model sees at once. A longer document is cut.
+        batch: contexts per forward pass.
+        dtype: of the stored rows.
+        block_samples: samples per block; None aims at shards of 128 MiB.
+        codec: of the stored chunks.
+        model: the model of `folder` where it is loaded already; None loads it.
+        progress: called with (documents tokenised, documents in all).
+
+    Raises:
+        InputError: anything that would fail later: an unknown layer or site, a context that is too long, no documents.
+    """
+    if not documents:
+        raise InputError("there are no documents to read; expected at least one; check the source and its --limit")
+    loaded = model or load_model(folder)
+    _check_numbers(loaded, context, batch)
+    taps = _taps(loaded, sites, layers)
+    encoder = tokens.load_tokenizer(folder)
+    if encoder.size > loaded.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {encoder.size} tokens, the model {loaded.name} embeds {loaded.config.vocab_size}; "
+            "they do not belong together: give the tokenizer of this model"
+        )
+    table = tokens.tokenise(documents, encoder, progress=progress)
+    packing = pack(np.diff(table.token_offsets), context)
+    layout = Layout.fit(_sites(loaded, taps, dtype), samples=packing.rows, block_samples=block_samples, codec=codec)
+    provenance = _provenance(loaded, encoder, table, packing, batch)
+    assets = {tokens.FILE: encoder.data, "config.json": (Path(folder) / "config.json").read_bytes()}
+    store = Plan.make(layout, provenance, table.layout, assets)
+    return ExtractPlan(store, loaded, taps, table, packing, batch, assets)
+
+
+def load_model(folder: str | Path, *, dtype: str | None = None) -> "Model":
+    """Loads a model from its HuggingFace folder.
+
+    Args:
+        folder: with `config.json`, `model.safetensors` (or its shards) and, for extraction, `tokenizer.json`.
+        dtype: to compute in; None takes float32 on CPUs and bfloat16 on accelerators.
+
+    Raises:
+        InputError: the folder, its config or its weights are not what a supported family has.
+    """
+    from extract.models import load_model as load
+
+    try:
+        return load(folder, dtype=dtype or local_devices().compute_dtype)
+    except ModelError as error:
+        raise InputError(str(error)) from None
+
+
+def _check_numbers(model: "Model", context: int, batch: int) -> None:
+    longest = model.config.max_positions
+    if not 1 <= context <= longest:
+        raise InputError(
+            f"context {context} does not fit: the model {model.name} was made for 1 to {longest} tokens; "
+            f"use --context {min(max(context, 1), longest)}"
+        )
+    if batch < 1:
+        raise InputError(f"batch is {batch}; expected at least 1 context per step")
+
+
+def _taps(model: "Model", sites: Sequence[str], layers: Sequence[int] | None) -> tuple[Tap, ...]:
+    """What to capture, in the order in which it is stored.
+
+    Raises:
+        InputError: a site or layer the model does not have, or the same twice.
+    """
+    wanted = tuple(sorted(layers)) if layers is not None else default_layers(model.config.layers)
+    if not sites or not wanted:
+        raise InputError(f"sites are {list(sites)} and layers {list(wanted)}; name at least one of each")
+    if len(set(sites)) != len(sites) or len(set(wanted)) != len(wanted):
+        raise InputError(f"sites {list(sites)} or layers {list(wanted)} name something twice; name each once")
+    pairs = [(site, layer) for site in sites for layer in ([None] if site in LAYERLESS_SITES else wanted)]
+    taps = tuple(Tap(site, layer) for site, layer in pairs)
+    try:
+        check_taps(model.config, taps)
+    except ModelError as error:
+        raise InputError(str(error)) from None
+    return taps
+
+
+def _sites(model: "Model", taps: Sequence[Tap], dtype: str) -> list[Site]:
+    """The sites of the layout."""
+    if dtype not in get_args(ActivationDType):
+        raise InputError(f"dtype {dtype!r} is unknown; expected one of {', '.join(get_args(ActivationDType))}")
+    widths = site_widths(model.config)
+    names = list(dict.fromkeys(tap.site for tap in taps))
+    layers = {name: tuple(tap.layer for tap in taps if tap.site == name and tap.layer is not None) for name in names}
+    return [Site(name, widths[name], layers[name] or None, cast(ActivationDType, dtype)) for name in names]
+
+
+def _provenance(
+    model: "Model", encoder: tokens.Tokenizer, table: DocumentTable, packing: Packing, batch: int
+) -> dict[str, Any]:
+    """Everything that decides the bytes. No path, no time, no machine: the same run has the same fingerprint."""
+    return {
+        "model": {
+            "name": model.name,
+            "family": model.config.family,
+            "config_sha256": model.config_digest,
+            "weights_sha256": model.weights_digest,
+            "compute_dtype": model.dtype,
+            "weight_processing": "none",
+        },
+        "tokenizer": {"sha256": encoder.digest, "special_tokens": "none"},
+        "documents": {"count": len(table.ids), "tokens": len(table.token_id), "sha256": tokens.digest(table)},
+        "packing": {"kind": "best-fit", "context": packing.context, "batch": batch},
+        "selection": "all tokens",
+    }
