@@ -109,6 +109,13 @@ class Batches:
         self._position = stop
         return batch
 
+    def next_or_none(self) -> Batch | None:
+        """The next minibatch with its sample numbers, or None after the last epoch: for loops that need both."""
+        try:
+            return self.next_batch()
+        except StopIteration:
+            return None
+
     def state(self) -> dict[str, int | str]:
         """Where the iterator stands: JSON of less than 200 bytes, whatever the size of the store."""
         return {"version": 1, "epoch": self._epoch, "position": self._position, "loader": self._identity}

@@ -139,7 +139,8 @@ class Plan(StoredDocument):
         if stored.fingerprint == self.fingerprint:
             return
         ours, theirs = (dict(_leaves(plan.model_dump(mode="json", exclude={"fingerprint"}))) for plan in (self, stored))
-        fields = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        names = sorted({*ours, *theirs}, key=lambda name: (name.startswith("documents."), name))  # sizes come last
+        fields = [name for name in names if ours.get(name) != theirs.get(name)]
         shown = "; ".join(
             f"{name}: there {_short(theirs.get(name))}, here {_short(ours.get(name))}" for name in fields[:8]
         )

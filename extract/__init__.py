@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from extract.documents import Document, open_documents
+    from extract.loop import Progress, run
     from extract.plan import ExtractPlan, load_model, make_plan
-    from extract.run import Progress, run
 
 _WHERE = {
     "Document": "extract.documents",
     "ExtractPlan": "extract.plan",
-    "Progress": "extract.run",
+    "Progress": "extract.loop",
     "load_model": "extract.plan",
     "make_plan": "extract.plan",
     "open_documents": "extract.documents",
-    "run": "extract.run",
+    "run": "extract.loop",
 }
 __all__ = ["Document", "ExtractPlan", "Progress", "load_model", "make_plan", "open_documents", "run"]
 

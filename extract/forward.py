@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from extract.models import Model, ModelError, Params, Tap, check_taps, site_widths
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+HostOrDevice = Array | np.ndarray
 
 Rows = dict[str, Float[Array, "layer row width"]]
 
@@ -35,10 +38,10 @@ class Forward:
     def __call__(
         self,
         params: Params,
-        token_ids: Int[Array, "batch context"],
-        segment_ids: Int[Array, "batch context"],
-        positions: Int[Array, "batch context"],
-        kept: Int[Array, " row"],
+        token_ids: Int[HostOrDevice, "batch context"],
+        segment_ids: Int[HostOrDevice, "batch context"],
+        positions: Int[HostOrDevice, "batch context"],
+        kept: Int[HostOrDevice, " row"],
     ) -> Rows:
         """Returns the kept rows of every site, `[layer, row, width]`; only they leave the device.
 

@@ -108,7 +108,7 @@ def make_plan(
     batch: int = BATCH,
     dtype: str = "bfloat16",
     block_samples: int | None = None,
-    codec: Codec = "crc32c",
+    codec: str = "crc32c",
     model: "Model | None" = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractPlan:
@@ -133,7 +133,7 @@ def make_plan(
     if not documents:
         raise InputError("there are no documents to read; expected at least one; check the source and its --limit")
     loaded = model or load_model(folder)
-    _check_numbers(loaded, context, batch)
+    _check_settings(loaded, context, batch, dtype, codec)
     taps = _taps(loaded, sites, layers)
     encoder = tokens.load_tokenizer(folder)
     if encoder.size > loaded.config.vocab_size:
@@ -143,7 +143,9 @@ def make_plan(
         )
     table = tokens.tokenise(documents, encoder, progress=progress)
     packing = pack(np.diff(table.token_offsets), context)
-    layout = Layout.fit(_sites(loaded, taps, dtype), samples=packing.rows, block_samples=block_samples, codec=codec)
+    layout = Layout.fit(
+        _sites(loaded, taps, dtype), samples=packing.rows, block_samples=block_samples, codec=cast(Codec, codec)
+    )
     provenance = _provenance(loaded, encoder, table, packing, batch)
     assets = {tokens.FILE: encoder.data, "config.json": (Path(folder) / "config.json").read_bytes()}
     store = Plan.make(layout, provenance, table.layout, assets)
@@ -168,7 +170,7 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> "Model":
         raise InputError(str(error)) from None
 
 
-def _check_numbers(model: "Model", context: int, batch: int) -> None:
+def _check_settings(model: "Model", context: int, batch: int, dtype: str, codec: str) -> None:
     longest = model.config.max_positions
     if not 1 <= context <= longest:
         raise InputError(
@@ -177,6 +179,9 @@ def _check_numbers(model: "Model", context: int, batch: int) -> None:
         )
     if batch < 1:
         raise InputError(f"batch is {batch}; expected at least 1 context per step")
+    for value, what, known in [(dtype, "dtype", get_args(ActivationDType)), (codec, "codec", get_args(Codec))]:
+        if value not in known:
+            raise InputError(f"{what} {value!r} is unknown; expected one of {', '.join(known)}")
 
 
 def _taps(model: "Model", sites: Sequence[str], layers: Sequence[int] | None) -> tuple[Tap, ...]:
@@ -201,8 +206,6 @@ def _taps(model: "Model", sites: Sequence[str], layers: Sequence[int] | None) ->
 
 def _sites(model: "Model", taps: Sequence[Tap], dtype: str) -> list[Site]:
     """The sites of the layout."""
-    if dtype not in get_args(ActivationDType):
-        raise InputError(f"dtype {dtype!r} is unknown; expected one of {', '.join(get_args(ActivationDType))}")
     widths = site_widths(model.config)
     names = list(dict.fromkeys(tap.site for tap in taps))
     layers = {name: tuple(tap.layer for tap in taps if tap.site == name and tap.layer is not None) for name in names}

@@ -7,7 +7,7 @@ chosen ones. `write_features` makes the page to read.
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ TopSamples = dict[int, list[tuple[int, float]]]
 _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 
+@runtime_checkable
 class Dictionary(Protocol):
     """What is asked of a dictionary here; `extract.demo.sae.TrainedSAE` has it."""
 
@@ -91,7 +92,7 @@ def pick_features(
     (candidates,) = np.nonzero((shares >= least_share) & (shares <= most_share) & (firing.counts > 0))
     ranked = candidates[np.argsort(shares[candidates], kind="stable")]
     chosen = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).astype(int)
-    return ranked[chosen].tolist()
+    return [int(feature) for feature in ranked[chosen]]
 
 
 def top_samples(sae: Dictionary, batches: Iterable[Batch], *, features: Sequence[int], k: int) -> TopSamples:

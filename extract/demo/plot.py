@@ -24,7 +24,7 @@ def plot_loss(history: Sequence[Metrics], path: Path) -> None:
     error.plot(steps, [metrics.fvu for metrics in history], label="fraction of variance unexplained")
     error.plot(steps, [metrics.loss for metrics in history], label="squared error / mean squared norm")
     error.set(ylabel="error (1 = mean row, or zeros)", title="TopK sparse autoencoder")
-    error.set_ylim(0.0, 1.0)
+    error.set_ylim(bottom=0.0)
     error.legend()
     dead.plot(steps, [metrics.dead for metrics in history], color="tab:red")
     dead.set(xlabel="step (batches)", ylabel="dead features")

@@ -32,7 +32,7 @@ Weights are the dequantised values in float32. The model is a Llama, written as 
 the same function. It is the demo's model; its 4-bit weights answer a little worse than the original.
 
 Open the tokenizer with `tokenizers.Tokenizer.from_file("tokenizer.json")` or transformers' `PreTrainedTokenizerFast`.
-transformers 5's `AutoTokenizer` applies Qwen's own splitting rules to every model of type qwen2, and gives other tokens.
+transformers 5's `AutoTokenizer` applies Qwen's own splitting rules to every model of type qwen2: other tokens come out.
 """
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -44,10 +45,10 @@ class Model:
     def apply(
         self,
         params: Params,
-        input_ids: Int[Array, "batch sequence"],
+        input_ids: Int[Array | np.ndarray, "batch sequence"],
         *,
-        segment_ids: Int[Array, "batch sequence"] | None = None,
-        positions: Int[Array, "batch sequence"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "batch sequence"] | None = None,
+        positions: Int[Array | np.ndarray, "batch sequence"] | None = None,
         return_activations: bool = False,
         layers: tuple[int, ...] | None = None,
     ) -> (

@@ -15,7 +15,7 @@ from extract.models.errors import ModelError
 
 
 class RopeTables(NamedTuple):
-    """Cosine and sine of every position and pair, in float32: bfloat16 tables lose the position beyond 256."""
+    """Cosine and sine of every position and pair, always float32: in bfloat16 each would be off by up to 0.4 %."""
 
     cosine: Float[Array, "batch sequence pair"]
     sine: Float[Array, "batch sequence pair"]

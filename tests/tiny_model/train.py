@@ -104,8 +104,8 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> Int[np.ndarray, " token"]:
     """Returns all texts as one stream, each followed by the end-of-text token."""
-    end = [tokenizer.token_to_id(END)]
-    streams = (encoding.ids + end for encoding in tokenizer.encode_batch(texts))
+    end = tokenizer.token_to_id(END)
+    streams = ([*encoding.ids, end] for encoding in tokenizer.encode_batch(texts))
     return np.fromiter(itertools.chain.from_iterable(streams), np.int32)
 
 
@@ -166,6 +166,7 @@ def save(folder: Path, tensors: dict[str, Float[np.ndarray, "..."]], tokenizer: 
     """Writes a HuggingFace model folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private
     tokenizer.save(str(folder / "tokenizer.json"))
     ends = {"bos_token": END, "eos_token": END, "pad_token": END}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, **ends}
@@ -189,10 +190,10 @@ def main() -> None:
     tokenizer = train_tokenizer(training_texts)
     training, held_out = encode(tokenizer, training_texts), encode(tokenizer, held_out_texts)
     bytes_per_token = sum(len(text.encode()) for text in held_out_texts) / len(held_out)
+    print(f"Python {sys.version.split()[0]}, JAX {jax.__version__}, {len(texts)} texts")
     print(
-        f"Python {sys.version.split()[0]}, JAX {jax.__version__}: {len(texts)} texts, {len(training)} tokens to train on, "
+        f"{len(training)} tokens to train on, {len(held_out)} held out, {bytes_per_token:.3f} bytes/token", flush=True
     )
-    print(f"{len(held_out)} held out, {bytes_per_token:.3f} bytes/token", flush=True)
     save(arguments.output, train(training, held_out, bytes_per_token, arguments.steps), tokenizer)
 
 

@@ -1,0 +1,50 @@
+# Two commands to begin with: `make demo` and `make test`. Both make .venv first and are safe to run again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test lint bench docs wheel-check other-python clean help
+
+help:
+	@echo "make demo          text -> activations -> store -> trained SAE, on a real model"
+	@echo "make test          all tests"
+	@echo "make lint          format, lint, types, import rules"
+	@echo "make docs          the documentation, into docs/_build/html"
+	@echo "make bench         benchmarks, one JSON line last"
+	@echo "make wheel-check   build the wheel, read a store in an empty environment"
+	@echo "make other-python  the tests on the newest other Python found"
+
+# One stamp per set of extras: pip runs again only when pyproject.toml has changed.
+$(VENV)/.%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing actstore[$*] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/actstore demo --folder $(DEMO)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --numprocesses 2
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.test
+	$(BIN)/python -m tests.benchmarks
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build/html
+
+wheel-check: $(VENV)/.test
+	$(BIN)/python tests/wheel_check.py
+
+other-python: $(VENV)/.test
+	$(BIN)/python tests/other_python.py
+
+clean:
+	rm -rf $(VENV) docs/_build build dist

@@ -1,0 +1,5 @@
+"""`python -m actstore` is the command `actstore`."""
+
+from actstore.cli import main
+
+main()

@@ -1,0 +1,68 @@
+"""What commands show while they work: a bar on a terminal, a plain line every few seconds anywhere else."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Work:
+    """Progress of one piece of work, on standard error. Use it in a `with` statement.
+
+    Args:
+        label: what is being done.
+        unit: what is counted.
+        stream: where to write.
+    """
+
+    def __init__(self, label: str, *, unit: str, stream: TextIO | None = None) -> None:
+        self._label, self._unit = label, unit
+        self._stream = stream or sys.stderr
+        self._bar: Progress | None = None
+        self._shown = (0, 0, "")
+        self._last_line = 0.0
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Shows that `done` of `total` units are done; `note` may hold rates."""
+        self._shown = (done, total, note)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=max(total, 1), note=note)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def __enter__(self) -> Self:
+        self._last_line = time.monotonic()
+        if self._stream.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+                       TextColumn("{task.fields[note]}"), TimeRemainingColumn())  # fmt: skip
+            self._bar = Progress(*columns, console=Console(file=self._stream))
+            self._bar.add_task(self._label, total=None, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None and self._shown[1]:
+            self._line()
+
+    def _line(self) -> None:
+        done, total, note = self._shown
+        self._last_line = time.monotonic()
+        print(f"{self._label}: {done:,} of {total:,} {self._unit}{', ' + note if note else ''}", file=self._stream)
+
+
+def human_bytes(count: float) -> str:
+    """A byte count in decimal units: 1_500_000 is `1.5 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable: the last unit takes everything")

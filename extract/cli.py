@@ -1,0 +1,165 @@
+"""Commands that run a model: `plan`, `extract`, `demo`. They join `actstore` through its entry-point group."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from actstore.cli import JsonOption
+from actstore.errors import InputError
+from actstore.terminal import Work, human_bytes
+from extract.console import run_with_progress
+
+if TYPE_CHECKING:
+    from extract.loop import Progress
+    from extract.plan import ExtractPlan
+
+NAMED_MODELS = {"tiny-qwen2": "4 layers, comes with actstore", "smollm2": "SmolLM2-135M-Instruct, fetched once"}
+
+ModelOption = Annotated[str, typer.Option("--model", help="HuggingFace folder, or one of: " + ", ".join(NAMED_MODELS))]
+DocumentsOption = Annotated[
+    str, typer.Option("--documents", help="a .jsonl, .txt, .md or .rst file, a folder of texts, or python-docs")
+]
+SitesOption = Annotated[str, typer.Option("--sites", help="places to keep, with commas between")]
+LayersOption = Annotated[
+    str | None, typer.Option("--layers", help="layers to keep, with commas between; default 6,12,18,23 or quarters")
+]
+ContextOption = Annotated[int, typer.Option(help="tokens the model sees at once")]
+BatchOption = Annotated[int, typer.Option(help="contexts per forward pass")]
+DtypeOption = Annotated[str, typer.Option(help="of the stored rows: bfloat16, float16 or float32")]
+CodecOption = Annotated[str, typer.Option(help="of the stored chunks: crc32c, none or zstd")]
+BlockOption = Annotated[int | None, typer.Option(help="samples per block; default aims at shards of 128 MiB")]
+LimitOption = Annotated[int | None, typer.Option(help="read this many documents and no more")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands of this package to the program."""
+    app.command(epilog="Example: actstore plan --model tiny-qwen2 --documents python-docs --layers 1,3")(plan)
+    app.command(
+        epilog="Example: actstore extract run.acts.zarr --model tiny-qwen2 --documents python-docs --layers 1,3"
+    )(extract)
+    app.command(epilog="Example: actstore demo --folder demo")(demo)
+
+
+def plan(
+    model: ModelOption,
+    documents: DocumentsOption,
+    sites: SitesOption = "resid_post",
+    layers: LayersOption = None,
+    context: ContextOption = 256,
+    batch: BatchOption = 8,
+    dtype: DtypeOption = "bfloat16",
+    codec: CodecOption = "crc32c",
+    block_samples: BlockOption = None,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what `extract` would compute and write, without computing."""
+    decided = _plan(model, documents, sites, layers, limit, context=context, batch=batch, dtype=dtype, codec=codec,
+                    block_samples=block_samples)  # fmt: skip
+    typer.echo(json.dumps(decided.as_json()) if as_json else decided.describe())
+
+
+def extract(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="where to write: a path that ends in .acts.zarr")],
+    model: ModelOption,
+    documents: DocumentsOption,
+    sites: SitesOption = "resid_post",
+    layers: LayersOption = None,
+    context: ContextOption = 256,
+    batch: BatchOption = 8,
+    dtype: DtypeOption = "bfloat16",
+    codec: CodecOption = "crc32c",
+    block_samples: BlockOption = None,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a model over documents and store its activations. Stopped or killed, the same command continues."""
+    from actstore.kvstore import Root
+
+    Root.of(store).check_writable(0)  # before minutes of tokenising
+    decided = _plan(model, documents, sites, layers, limit, context=context, batch=batch, dtype=dtype, codec=codec,
+                    block_samples=block_samples)  # fmt: skip
+    typer.echo(decided.describe(), err=True)
+    state = run_with_progress(decided, store)
+    summary = {
+        "url": store, "blocks": state.blocks, "blocks_before": state.blocks_before,
+        "blocks_computed": state.blocks_computed, "samples_computed": state.samples_computed,
+        "bytes_written": state.bytes_written, "seconds": round(state.seconds, 3),
+        "tokens_per_second": round(state.tokens_per_second, 1),
+    }  # fmt: skip
+    typer.echo(json.dumps(summary) if as_json else _summary(state, store))
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="where to leave the store, the plot and the features")] = Path("demo"),
+    model: Annotated[
+        str | None, typer.Option(help="as in extract; default smollm2, or tiny-qwen2 where that cannot be fetched")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="about how many tokens to read")] = 100_000,
+    steps: Annotated[int, typer.Option(help="training steps of the SAE")] = 300,
+) -> None:
+    """Text to activations to a trained SAE, on a real model: the whole path in a few minutes."""
+    from extract.demo.path import run_demo
+
+    run_demo(folder, model=model_folder, name=model, tokens=tokens, steps=steps, say=typer.echo)
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: a path, or one of the models that need no hub.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    from extract.demo.smollm2 import smollm2_folder
+
+    if name == "tiny-qwen2" and not Path(name).exists():
+        return tiny_folder()
+    if name == "smollm2" and not Path(name).exists():
+        with Work("convert SmolLM2-135M-Instruct", unit="steps") as work:
+            return smollm2_folder(progress=lambda label, done, total: work.update(done, total, label))
+    return Path(name)
+
+
+def tiny_folder() -> Path:
+    """The folder of the tiny trained model that comes with this package."""
+    return Path(__file__).parent / "demo" / "tiny-qwen2"
+
+
+def _plan(
+    model: str, documents: str, sites: str, layers: str | None, limit: int | None, **settings: Any
+) -> "ExtractPlan":
+    """The plan of a command's options.
+
+    Raises:
+        InputError: anything in them that would fail later.
+    """
+    from extract.documents import open_documents
+    from extract.plan import make_plan
+
+    numbers = None if layers is None else [_layer(part) for part in layers.split(",")]
+    folder = model_folder(model)
+    texts = open_documents(documents, limit=limit)
+    with Work("tokenise", unit="documents") as work:
+        return make_plan(
+            folder, texts, sites=[site.strip() for site in sites.split(",")], layers=numbers, progress=work.update,
+            **settings,
+        )  # fmt: skip
+
+
+def _layer(text: str) -> int:
+    if not text.strip().isdigit():
+        raise InputError(f"--layers has {text!r}; expected whole numbers with commas between, such as 6,12,18,23")
+    return int(text)
+
+
+def _summary(state: "Progress", store: str) -> str:
+    """What a run did, for a person."""
+    if not state.blocks_computed:
+        return f"{store} is complete; all {state.blocks} blocks were there before, nothing was computed"
+    return (
+        f"{store} is complete: {state.blocks_computed} of {state.blocks} blocks computed, {state.blocks_before} were "
+        f"there before; {state.samples_computed:,} samples, {human_bytes(state.bytes_written)} written in "
+        f"{state.seconds:.1f} s, {state.tokens_per_second:,.0f} tokens/s"
+    )

@@ -1,0 +1,99 @@
+"""Plans: what is refused before compute, and what the numbers say."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import extract
+from actstore.errors import InputError
+from extract.cli import tiny_folder
+from extract.documents import Document
+from extract.models import Model
+
+DOCUMENTS = [Document(f"d{i}", f"The statement number {i} is a simple one. " * (i + 1), {}, f"t:{i}") for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return extract.load_model(tiny_folder())
+
+
+def plan(model: Model, **settings: Any) -> extract.ExtractPlan:
+    return extract.make_plan(tiny_folder(), settings.pop("documents", DOCUMENTS), model=model, **settings)
+
+
+def test_the_numbers_fit_together(model: Model) -> None:
+    made = plan(model, context=64, batch=4, sites=["resid_post", "mlp_post", "final_norm"], layers=[3, 1])
+    tokens = len(made.documents.token_id)
+    assert made.store.layout.samples == tokens == made.packing.rows
+    assert [(site.name, site.layers, site.width) for site in made.store.layout.sites] == [
+        ("resid_post", (1, 3), 128), ("mlp_post", (1, 3), 320), ("final_norm", None, 128),
+    ]  # fmt: skip
+    edges = made.step_edges()
+    assert edges[0] == 0
+    assert edges[-1] == tokens
+    assert len(edges) == made.steps + 1
+    for step in range(made.steps):
+        assert len(made.contexts(step).documents) == edges[step + 1] - edges[step]
+    assert made.as_json()["bytes"] == tokens * (2 * 128 + 2 * 320 + 128) * 2
+    assert f"{tokens:,} tokens" in made.describe()
+
+
+def test_default_layers_are_quarters_of_a_small_model(model: Model) -> None:
+    assert plan(model).store.layout.sites[0].layers == (1, 2, 3)
+
+
+def test_the_same_settings_give_the_same_fingerprint(model: Model) -> None:
+    assert plan(model).store.fingerprint == plan(model).store.fingerprint
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "layers": {"layers": [2]},
+    "sites": {"sites": ["mlp_out"]},
+    "context": {"context": 128},
+    "batch": {"batch": 4},
+    "dtype": {"dtype": "float32"},
+    "codec": {"codec": "none"},
+    "block_samples": {"block_samples": 1024},
+    "documents": {"documents": DOCUMENTS[:-1]},
+    "a document's text": {"documents": [*DOCUMENTS[:-1], dataclasses.replace(DOCUMENTS[-1], text="another")]},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_whatever_decides_the_bytes_changes_the_fingerprint(model: Model, change: dict[str, Any]) -> None:
+    assert plan(model).store.fingerprint != plan(model, **change).store.fingerprint
+
+
+def test_a_plan_holds_no_path_and_no_time(model: Model, tmp_path: Path) -> None:
+    text = plan(model).store.to_json().decode()
+    assert str(Path.cwd()) not in text
+    assert str(tiny_folder().parent) not in text
+    assert "2026" not in text.replace(plan(model).store.fingerprint, "")[:200]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown layer": ({"layers": [30]}, r"layer 30 does not exist: the model has 4 layers, 0 to 3"),
+    "unknown site": ({"sites": ["resid_past"]}, r"site 'resid_past' does not exist: the known sites are embed, "),
+    "no site": ({"sites": []}, r"name at least one of each"),
+    "site twice": ({"sites": ["resid_post", "resid_post"]}, r"name something twice"),
+    "layer twice": ({"layers": [1, 1]}, r"name something twice"),
+    "context too long": (
+        {"context": 4096},
+        r"context 4096 does not fit: .* made for 1 to 2048 tokens; use --context 2048",
+    ),
+    "context zero": ({"context": 0}, r"context 0 does not fit"),
+    "batch zero": ({"batch": 0}, r"batch is 0; expected at least 1"),
+    "no documents": ({"documents": []}, r"there are no documents to read; expected at least one"),
+    "unknown dtype": ({"dtype": "int8"}, r"dtype 'int8' is unknown; expected one of bfloat16, float16, float32"),
+    "unknown codec": ({"codec": "lz4"}, r"codec 'lz4' is unknown; expected one of crc32c, none, zstd"),
+    "block zero": ({"block_samples": 0}, r"block_samples is 0; expected a positive number"),
+}
+
+
+@pytest.mark.parametrize(("settings", "text"), REFUSED.values(), ids=REFUSED)
+def test_bad_settings_are_refused(model: Model, settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        plan(model, **settings)
