@@ -28,6 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+EXTRA_OF = {
+    "flax": "extract", "jax": "extract", "safetensors": "extract", "tokenizers": "extract",
+    "gguf": "demo", "matplotlib": "demo", "optax": "demo",
+}  # fmt: skip
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="path of a store, run.acts.zarr")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for a program")]
 
@@ -41,6 +45,12 @@ def main() -> None:
     except ActstoreError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA_OF:
+            raise
+        extra = f"actstore[{EXTRA_OF[error.name]}]"
+        typer.echo(f"error: {error.name} is not installed, this command needs it; run: pip install '{extra}'", err=True)
+        sys.exit(InputError.exit_code)
 
 
 @app.callback(invoke_without_command=True)
@@ -62,7 +72,7 @@ def info(store: StoreArgument, as_json: JsonOption = False) -> None:
         return
     for name, value in card.items():
         shown = "; ".join(str(part) for part in value) if isinstance(value, list) else value
-        typer.echo(f"{name:<12} {shown if name != 'bytes' else human_bytes(float(value))}")
+        typer.echo(f"{name:<12} {shown if name != 'bytes' else human_bytes(value)}")
 
 
 @app.command(epilog="Example: actstore head run.acts.zarr --count 5 --window 8")

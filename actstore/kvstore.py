@@ -169,16 +169,16 @@ def storage_errors(doing: str) -> Iterator[None]:
         text = str(error)
         for needle, kind, remedy in _STATUS:
             if needle in text:
-                raise kind(f"could not {doing}: {_first_line(text)}; {remedy}") from None
-        raise StorageError(f"could not {doing}: {_first_line(text)}; run the same command again") from None
+                raise kind(f"could not {doing}: {_reason(text)}; {remedy}") from None
+        raise StorageError(f"could not {doing}: {_reason(text)}; run the same command again") from None
 
 
-def _first_line(text: str) -> str:
-    """The reason at the end of TensorStore's message, without status word, spec or source location."""
-    text = text.split("\n", maxsplit=1)[0]
-    text = re.sub(r"\s*\[[a-z_]+='.*$", "", text)
-    text = re.sub(r"^[A-Z_]+: ", "", text)
-    return text if len(text) <= 240 else text[:237] + "..."
+def _reason(text: str) -> str:
+    """What went wrong and at which object, out of TensorStore's chain of causes: no status word, spec or location."""
+    text = re.sub(r"\s*\[[a-z_]+='.*$", "", text.split("\n", maxsplit=1)[0])
+    paths = re.findall(rf'{re.escape(SUFFIX)}/([^"\\]+)"', text)
+    cause = re.split(r'": |(?<=[a-z]): (?=[A-Z])|^[A-Z_]+: ', text)[-1]
+    return cause + (f" at {paths[-1].removesuffix('.__lock')}" if paths else "")
 
 
 def _after(prefix: str) -> str:

@@ -137,9 +137,12 @@ class Layout:
             raise InputError("a layout needs at least one site, found none")
         names = [site.name for site in self.sites] + [norm_name(site.name) for site in self.sites]
         names += [column.name for column in self.columns]
+        layered = [site for site in self.sites if site.layers is not None]
+        axes = {*map(self.layer_dimension, layered), *map(self.width_dimension, self.sites)}
+        names += axes - {"layer", "hidden"}
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise InputError(f"the names {twice} are used twice; sites, norms and columns need names of their own")
+            raise InputError(f"the names {twice} are used twice; sites, norms, axes and columns need own names")
         if self.codec not in get_args(Codec):
             raise InputError(f"codec {self.codec!r} is unknown; expected one of {', '.join(get_args(Codec))}")
         for size, what in [(self.samples, "samples"), (self.block_samples, "block_samples"),
@@ -187,8 +190,9 @@ class Layout:
         if block_samples is None:
             sample_bytes = sum(site.row_bytes * site.rows_per_sample for site in sites)
             block_samples = _power_of_two(min(SHARD_BYTES // widest, memory_bytes // sample_bytes))
+            chunk = min(chunk, block_samples)
             whole = math.ceil(max(samples, 1) / chunk) * chunk  # a small store is one block, without much padding
-            block_samples = max(chunk, min(block_samples, whole))
+            block_samples = min(block_samples, whole)
         chunk = math.gcd(chunk, block_samples)
         return cls(tuple(sites), samples, block_samples, chunk, tuple(columns), codec)
 

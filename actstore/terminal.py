@@ -59,10 +59,9 @@ class Work:
         print(f"{self._label}: {done:,} of {total:,} {self._unit}{', ' + note if note else ''}", file=self._stream)
 
 
-def human_bytes(count: float) -> str:
+def human_bytes(count: int) -> str:
     """A byte count in decimal units: 1_500_000 is `1.5 MB`."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable: the last unit takes everything")
+    if count < 1000:
+        return f"{count} bytes"
+    power = min((len(str(count)) - 1) // 3, 5)
+    return f"{count / 1000**power:,.1f} {'kMGTP'[power - 1]}B"

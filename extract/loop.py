@@ -85,7 +85,7 @@ def _compute(plan: ExtractPlan, writer: Writer, progress: Callable[[Progress], N
     started = time.perf_counter()
     buffers = itertools.cycle([_Buffer(plan) for _ in range(min(BLOCKS_IN_FLIGHT + 1, len(missing)))])
     buffer = None
-    for first, rows, contexts in _forward_steps(plan, list(missing)):
+    for first, rows, contexts in forward_steps(plan, list(missing)):
         while missing and layout.block_range(missing[0])[0] < first + len(contexts.documents):
             block = missing[0]
             buffer = buffer or next(buffers).begin(*layout.block_range(block))
@@ -107,7 +107,7 @@ def _compute(plan: ExtractPlan, writer: Writer, progress: Callable[[Progress], N
     return dataclasses.replace(state, seconds=time.perf_counter() - started)
 
 
-def _forward_steps(plan: ExtractPlan, blocks: list[int]) -> Iterator[tuple[int, Rows, Contexts]]:
+def forward_steps(plan: ExtractPlan, blocks: list[int]) -> Iterator[tuple[int, Rows, Contexts]]:
     """(first sample, rows, contexts) of every step that holds samples of `blocks`, in order, each computed once.
 
     A step is a fixed set of contexts, so a row has the same bits whichever block asks for it. Each step is dispatched

@@ -3,3 +3,26 @@
 from jaxtyping import install_import_hook
 
 install_import_hook(["actstore", "extract"], "typecheck.checked")  # before anything imports them
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from stores import Contents, make_contents  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def contents() -> Contents:
+    """Four sites with widths and layers of their own, all dtypes, a short last block, documents."""
+    return make_contents()
+
+
+@pytest.fixture(scope="session")
+def finished(contents: Contents, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sealed store of `contents`. Shared by all tests: read it, never change it."""
+    return contents.write(tmp_path_factory.mktemp("finished") / "run.acts.zarr")
+
+
+@pytest.fixture(scope="session")
+def unfinished(contents: Contents, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of `contents` with blocks 1 and 3 only. Shared by all tests: read it, never change it."""
+    return contents.write(tmp_path_factory.mktemp("unfinished") / "run.acts.zarr", blocks=[3, 1], seal=False)

@@ -55,9 +55,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "window_given_but_not_used": BASE | {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 0},
     "one_kv_head": BASE | {"num_key_value_heads": 1},
-    "kv_heads_null": BASE | {"num_key_value_heads": None},
     "head_dim_wider_than_hidden": BASE | {"head_dim": 32, "tie_word_embeddings": False},
-    "head_dim_null": BASE | {"head_dim": None},
+    "head_dim_and_kv_heads_null": BASE | {"head_dim": None, "num_key_value_heads": None},
 }
 
 SHAPE = (3, 150)

@@ -138,6 +138,14 @@ def test_encode_keeps_the_k_largest(trained):
     assert (np.diff(values, axis=1) <= 0).all()
 
 
+def test_activations_are_never_negative():
+    sae = TopKSAE(WIDTH, features=8, k=8, rngs=nnx.Rngs(0))
+    rows = next(_sparse_batches())
+    values, _ = sae.encode(jnp.asarray(rows))
+    assert ((rows @ np.asarray(sae.encoder[...])) < 0).any()
+    assert values.min() == 0
+
+
 def test_decode_is_the_weighted_sum(trained):
     rows = next(_sparse_batches(seed=7)) / trained.scale
     sae = trained.sae

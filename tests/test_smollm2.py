@@ -25,7 +25,7 @@ from extract.demo import smollm2
 from extract.demo.gguf_folder import convert_gguf
 from extract.demo.smollm2 import ModelFetchError, smollm2_folder
 
-HIDDEN, HEADS, KV_HEADS, LAYERS, VOCABULARY = 32, 4, 2, 2, 260
+HIDDEN, HEADS, KV_HEADS, LAYERS, VOCABULARY = 32, 4, 2, 2, 261
 FILES = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
@@ -67,9 +67,9 @@ def _write_gguf(path: Path, llama, *, fields: dict[str, object] | None = None, e
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    writer.add_token_list([*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"])
-    writer.add_token_types([3] * len(special) + [1] * 257)
-    writer.add_token_merges(["t h"])
+    writer.add_token_list([*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "12"])
+    writer.add_token_types([3] * len(special) + [1] * 258)
+    writer.add_token_merges(["t h", "1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

@@ -1,11 +1,11 @@
 """The runtime type checker of the tests: beartype, behind jaxtyping's import hook (installed by `conftest`).
 
-beartype refuses two things that are right for a static checker, so these annotations are left out: `Self`, and
-protocols that `isinstance` cannot ask.
+Three kinds of annotations are left out. beartype refuses `Self`, and protocols that `isinstance` cannot ask. `Literal`
+would answer before our own message for a wrong choice, which is what users see and what tests compare.
 """
 
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_origin
 
 import beartype
 
@@ -22,4 +22,4 @@ def checked(function: Function) -> Function:
 
 def _can_be_checked(hint: Any) -> bool:
     protocol = getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False)
-    return hint is not Self and not protocol
+    return hint is not Self and get_origin(hint) is not Literal and not protocol
