@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from actstore.batches import WINDOW_BYTES, Batches
 from actstore.errors import InputError, UnknownNameError
-from actstore.kvstore import Root
+from actstore.kvstore import Root, storage_errors
 from actstore.layout import Layout, Site
 from actstore.ledger import committed_blocks, read_plan, read_status
 from actstore.metadata import array_metadata
@@ -127,7 +127,8 @@ class Store:
         if name not in names:
             raise UnknownNameError(f"column {name!r} is not in this store; it holds {', '.join(names) or 'none'}")
         array = self._root.open_array(name, array_metadata(self.plan, complete=True)[name])
-        return np.asarray(array.oindex[np.asarray(rows, np.int64)].read().result())
+        with storage_errors(f"read {name} of {self.url}"):
+            return np.asarray(array.oindex[np.asarray(rows, np.int64)].read().result())
 
     def text(self, rows: Sequence[int] | Int[np.ndarray, " n"], *, window: int = 16) -> list[TokenInContext]:
         """Each row's token with up to `window` tokens before and after it, from the stored texts: no tokenizer needed.

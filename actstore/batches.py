@@ -79,7 +79,7 @@ class Batches:
         self._doing = f"read {site} of {root.url}"
         self._identity = _identity(plan, site, index, batch_size, seed, window_chunks, drop_remainder)
         self._epoch, self._position = 0, 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="actstore-batches")
+        self._reader: ThreadPoolExecutor | None = None
         self._ready: dict[tuple[int, int], Future[_Window]] = {}
 
     def __iter__(self) -> Iterator[Shaped[np.ndarray, "batch width"]]:
@@ -126,18 +126,22 @@ class Batches:
         Raises:
             InputError: the state is of another store, site, layer, seed, window or batch size.
         """
-        if set(state) != {"version", "epoch", "position", "loader"}:
+        numbers = [state.get("epoch"), state.get("position")]
+        whole = all(isinstance(number, int) and number >= 0 for number in numbers)
+        if set(state) != {"version", "epoch", "position", "loader"} or not whole:
             raise InputError(f"not a state of batches: {str(state)[:80]}; expected what state() returned")
         if state["loader"] != self._identity or state["version"] != 1:
             raise InputError(
                 f"the state belongs to the loader {state['loader']}, this one is {self._identity}: another store, "
                 "site, layer, seed, window or batch size; make the loader with the settings it had"
             )
-        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._epoch, self._position = state["epoch"], state["position"]
 
     def close(self) -> None:
-        """Stops reading ahead and frees the windows. Harmless when called again."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Stops reading ahead and frees the windows. Harmless when called again; the next minibatch starts anew."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+            self._reader = None
         self._ready.clear()
 
     def __enter__(self) -> Self:
@@ -163,11 +167,12 @@ class Batches:
 
     def _window(self, first: int, last: int) -> "_Window":
         """The window [first, last) of this epoch; the next one is read meanwhile."""
+        self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="actstore-batches")
         wanted = [key for key in [(self._epoch, first), self._after(last)] if key is not None]
         self._ready = {key: window for key, window in self._ready.items() if key in wanted}
         for key in wanted:
             if key not in self._ready:
-                self._ready[key] = self._pool.submit(self._load, *key)
+                self._ready[key] = self._reader.submit(self._load, *key)
         try:
             return self._ready[(self._epoch, first)].result()
         except BaseException:

@@ -52,8 +52,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = Path(folder) / FILE
     if not path.is_file():
         raise InputError(
-            f"{folder} has no {FILE}; expected a HuggingFace model folder with a fast tokenizer; save one there with "
-            "transformers' AutoTokenizer(...).save_pretrained(folder)"
+            f"{folder} has no {FILE}; expected a HuggingFace model folder with a fast tokenizer; put the "
+            f"{FILE} there that belongs to the model"
         )
     data = path.read_bytes()
     try:

@@ -64,6 +64,14 @@ def test_kept_rows_equal_direct_indexing_bit_for_bit(model, tokens, full):
     )
 
 
+def test_indices_outside_are_clipped(model, tokens):
+    forward = make_forward(model, [Tap("embed", None)], dtype="float32")
+    last = BATCH * CONTEXT - 1
+    outside = forward(model.params, **tokens, kept=np.array([-1, last + 1, 10**6], np.int32))
+    inside = forward(model.params, **tokens, kept=np.array([0, last, last], np.int32))
+    assert bits(outside) == bits(inside)
+
+
 def test_early_exit_equals_the_full_pass_bit_for_bit(model, tokens, full):
     early = make_forward(model, EARLY, dtype="float32")(model.params, **tokens, kept=KEPT)
     everything = full(tokens)

@@ -25,6 +25,7 @@ import extract.demo
 from extract.forward import Forward, make_forward
 from extract.models import Model, ModelError, Tap, check_taps, default_layers, load_model, site_widths
 from extract.models.attention import attend
+from extract.models.decoder import RmsNorm
 from extract.models.rope import rope_frequencies, rope_tables
 from extract.models.sites import LAYER_SITES
 
@@ -196,8 +197,13 @@ def test_apply_returns_activations_by_layer_name(tiny):
 
 
 def test_apply_returns_the_layers_asked_for(tiny):
-    _, activations = tiny.apply(tiny.params, np.arange(6).reshape(1, 6), return_activations=True, layers=(3, 0))
+    ids = np.arange(6).reshape(1, 6)
+    _, activations = tiny.apply(tiny.params, ids, return_activations=True, layers=(3, 0))
     assert list(activations) == ["layer_3", "layer_0", "layer_4_norm"]
+    forward = make_forward(tiny, [Tap("resid_post", 0), Tap("resid_post", 3)], dtype="float32")
+    rows = forward(tiny.params, ids, np.ones_like(ids), ids, np.arange(6))["resid_post"]
+    np.testing.assert_allclose(activations["layer_0"][0], rows[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(activations["layer_3"][0], rows[1], rtol=1e-5, atol=1e-5)
 
 
 def test_apply_without_activations_returns_logits(tiny):
@@ -315,6 +321,18 @@ def test_chunked_attention_equals_plain_attention(length, chunk_rows, window):
     np.testing.assert_allclose(mixed, plain_attention(query, key, value, segment_ids, window), atol=2e-6)
 
 
+def test_attention_in_bfloat16_keeps_scores_in_float32():
+    """Scores of about 100 would be off by up to 0.25 in bfloat16, and shares by a quarter."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(1, 24, 2, 16)) * scale for scale in (8, 8, 1))
+    rounded = [array.astype(ml_dtypes.bfloat16) for array in (query, key, value)]
+    segment_ids = np.ones((1, 24), np.int32)
+    mixed = np.asarray(jax.jit(partial(attend, window=None))(*rounded, segment_ids))
+    expected = plain_attention(*(array.astype(np.float64) for array in rounded), segment_ids, None)
+    assert mixed.dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(mixed.astype(np.float64), expected, atol=0.02)
+
+
 def test_attention_never_holds_all_scores():
     heads, length = 8, 4096
     query, key = (jax.ShapeDtypeStruct((1, length, count, 16), jnp.float32) for count in (heads, 2))
@@ -324,7 +342,17 @@ def test_attention_never_holds_all_scores():
     assert compiled.memory_analysis().temp_size_in_bytes < all_scores / 10
 
 
-# --- rotary positions ---
+# --- norms and rotary positions ---
+
+
+def test_norm_of_bfloat16_is_rounded_once():
+    norm = RmsNorm(256, epsilon=1e-6)
+    weight, rows = np.random.default_rng(0).normal(size=(2, 256)).astype(ml_dtypes.bfloat16)
+    norm.weight[...] = jnp.asarray(weight)
+    found = np.asarray(norm(jnp.asarray(rows)[None, None]))[0, 0]
+    exact = rows.astype(np.float64)
+    expected = exact / np.sqrt(np.mean(exact**2) + 1e-6) * weight.astype(np.float64)
+    np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))
 
 
 def test_rope_tables_are_exact_at_far_positions():

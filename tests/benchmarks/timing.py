@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def median_seconds(ways: dict[str, Callable[[], None]], *, repeats: int) -> dict[str, float]:
-    """Median seconds of each way, taken turn by turn. One round before is not counted."""
+def median_seconds(
+    ways: dict[str, Callable[[], None]], *, repeats: int, after: Callable[[str], None] | None = None
+) -> dict[str, float]:
+    """Median seconds of each way, taken turn by turn. One round before is not counted, nor is `after(name)`."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
@@ -16,6 +18,8 @@ def median_seconds(ways: dict[str, Callable[[], None]], *, repeats: int) -> dict
             way()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
+            if after:
+                after(name)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
