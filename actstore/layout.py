@@ -250,6 +250,10 @@ class Layout:
             f"site {name!r} is not in this store; it holds {', '.join(site.name for site in self.sites)}"
         )
 
+    def site_of(self, array: str) -> Site | None:
+        """The site that an array holds, or whose norms it holds; None for a column."""
+        return next((site for site in self.sites if array in (site.name, norm_name(site.name))), None)
+
     def layer_dimension(self, site: Site) -> str:
         """Name of a site's layer axis: `layer`, or `<site>_layer` where it holds other layers than the first site."""
         first = next(other for other in self.sites if other.layers is not None)

@@ -8,6 +8,10 @@ Nothing here needs a coordinator, a lock or a conditional write.
 import hashlib
 from collections.abc import Mapping
 
+import numpy as np
+import xxhash
+from jaxtyping import Shaped
+
 from actstore.errors import CorruptStoreError, InputError, SealedStoreError, StoreNotFoundError, UnfinishedStoreError
 from actstore.kvstore import Root
 from actstore.metadata import array_metadata, documents_group, group_metadata
@@ -132,6 +136,12 @@ def write_assets(root: Root, plan: Plan, assets: Mapping[str, bytes]) -> None:
         raise InputError(f"assets: found {sorted(assets)}, the plan has others ({sorted(plan.assets)}); plan again")
     for name, data in assets.items():
         root.create(f"assets/{name}", data)
+
+
+def checksum(values: Shaped[np.ndarray, "..."]) -> str:
+    """xxh3-128 of an array's values as they lie in memory, row by row, little-endian: about 10 GB/s."""
+    contiguous = np.ascontiguousarray(values)
+    return xxhash.xxh3_128_hexdigest(contiguous.view(np.uint8).data if contiguous.size else b"")
 
 
 def create_nodes(root: Root, plan: Plan) -> None:

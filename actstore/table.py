@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import xxhash
 from jaxtyping import Int, Int32, Int64, UInt32
 
 from actstore.errors import CorruptStoreError, InputError
 from actstore.kvstore import Root, storage_errors
 from actstore.layout import check_name
-from actstore.ledger import has_table, write_table_marker
+from actstore.ledger import checksum, has_table, write_table_marker
 from actstore.metadata import table_metadata
 from actstore.schema import DocumentTableLayout, Plan, TableMarker
 
@@ -111,7 +110,7 @@ def write_table(root: Root, plan: Plan, table: DocumentTable) -> None:
     for name, values in table.arrays().items():
         array = root.open_array(f"documents/{name}", metadata[name])
         pending.append(array.write(values))
-        checksums[name] = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).data)
+        checksums[name] = checksum(values)
     with storage_errors(f"write documents of {root.url}"):
         for future in pending:
             future.result()

@@ -11,13 +11,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import xxhash
 from jaxtyping import Shaped
 
 from actstore.errors import InputError
 from actstore.kvstore import Root, storage_errors
 from actstore.layout import Column, Layout, Site, norm_name
-from actstore.ledger import create_nodes, create_plan, missing_blocks, seal, write_assets, write_marker
+from actstore.ledger import checksum, create_nodes, create_plan, missing_blocks, seal, write_assets, write_marker
 from actstore.metadata import array_metadata
 from actstore.moments import as_stored, row_norms, to_float32
 from actstore.schema import Marker, Plan
@@ -153,11 +152,11 @@ class Writer:
                 pending += [
                     self._start_shard(norm_name(name), start, row, layer=index) for index, row in enumerate(norms)
                 ]
-                checksums[name] = tuple(_checksum(rows) for rows in layers)
-                checksums[norm_name(name)] = tuple(_checksum(row) for row in norms)
+                checksums[name] = tuple(checksum(rows) for rows in layers)
+                checksums[norm_name(name)] = tuple(checksum(row) for row in norms)
             for name, values in columns.items():
                 pending.append(self._start_shard(name, start, values))
-                checksums[name] = (_checksum(values),)
+                checksums[name] = (checksum(values),)
             for future in pending:
                 future.result()
             self._start_shard("valid", start, np.ones(stop - start, np.uint8)).result()
@@ -222,9 +221,3 @@ def _refuse_non_finite(site: Site, norms: Array, layers: Array, start: int) -> N
                 f"site {site.name!r}{layer}, sample {start + row} holds NaN or infinity, expected finite activations; "
                 "find out why the model produced it"
             )
-
-
-def _checksum(values: Array) -> str:
-    """xxh3-128 of the little-endian bytes."""
-    contiguous = np.ascontiguousarray(values)
-    return xxhash.xxh3_128_hexdigest(contiguous.view(np.uint8).data if contiguous.size else b"")
