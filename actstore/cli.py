@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a fault of actstore itself; 2 wrong input, nothing was don
 4 the store is damaged; 75 stopped, the same command continues.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -13,8 +14,12 @@ import numpy as np
 import typer
 
 import actstore
-from actstore.errors import ActstoreError, InputError
-from actstore.terminal import human_bytes
+from actstore.errors import ActstoreError, CorruptStoreError, InputError
+from actstore.kvstore import Root
+from actstore.repair import repair as repair_store
+from actstore.terminal import Work, human_bytes
+from actstore.verify import Depth, Report
+from actstore.verify import verify as verify_store
 
 app = typer.Typer(
     name="actstore",
@@ -95,6 +100,34 @@ def head(
         typer.echo(json.dumps(line) if as_json else _as_text(line))
 
 
+@app.command(epilog="Example: actstore verify run.acts.zarr --sample")
+def verify(
+    store: StoreArgument,
+    fast: Annotated[bool, typer.Option("--fast", help="only that every shard is there, with a sound index")] = False,
+    sample: Annotated[bool, typer.Option("--sample", help="fast, and the checksums of one shard in twenty")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a store with its plan and checksums, all of it unless told otherwise. Exit code 4 when damaged."""
+    if fast and sample:
+        raise InputError("--fast and --sample were both given; choose one, or neither to compare everything")
+    report = _verify(store, "fast" if fast else "sample" if sample else "full")
+    typer.echo(json.dumps(dataclasses.asdict(report)) if as_json else _report_text(report))
+    if report.findings:
+        raise typer.Exit(CorruptStoreError.exit_code)
+
+
+@app.command(epilog="Example: actstore repair run.acts.zarr")
+def repair(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """Take back the damaged blocks of a store, after comparing all of it. `extract` then writes just these again."""
+    report = _verify(store, "full")
+    taken = repair_store(Root.of(store), actstore.open(store, partial=True).plan, report)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(taken)))
+        return
+    typer.echo(f"{_report_text(report)}\nblocks to write again: {', '.join(map(str, taken.blocks)) or 'none'}")
+    typer.echo("run the command that wrote the store again: it writes just what is missing")
+
+
 def describe(store: actstore.Store) -> dict[str, Any]:
     """The facts of `actstore info` by name. Costs one listing."""
     layout, plan = store.plan.layout, store.plan
@@ -139,6 +172,24 @@ def _by_layer(site: actstore.Site, norms: np.ndarray) -> dict[str, float]:
     """Norms of one row by layer label; a layerless site has the label `-`."""
     labels = ["-"] if site.layers is None else [str(layer) for layer in site.layers]
     return dict(zip(labels, norms.round(3).tolist(), strict=True))
+
+
+def _verify(store: str, depth: Depth) -> Report:
+    """Verifies with progress."""
+    opened = actstore.open(store, partial=True)
+    with Work("verify", unit="shards") as work:
+        return verify_store(Root.of(store), opened.plan, depth=depth, progress=work.update)
+
+
+def _report_text(report: Report) -> str:
+    """A verification for a person: what was compared, and each finding in a line."""
+    rate = report.bytes_compared / max(report.seconds, 1e-9)
+    head = (
+        f"{report.url}: {len(report.findings)} findings in {report.shards:,} shards of {report.blocks:,} blocks, depth "
+        f"{report.depth}; {human_bytes(report.bytes_compared)} compared in {report.seconds:.1f} s, "
+        f"{human_bytes(int(rate))}/s"
+    )
+    return "\n".join([head, *(f"  {finding.what}: {finding.problem}" for finding in report.findings)])
 
 
 def _as_text(line: dict[str, Any]) -> str:

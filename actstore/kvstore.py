@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tensorstore as ts
 
 from actstore.errors import (
+    ActstoreError,
     CorruptStoreError,
     InputError,
     StorageError,
@@ -72,7 +73,7 @@ class Root:
         if not path.name:
             raise InputError(f"{text!r} is not a place for a store; expected a path such as runs/qwen{SUFFIX}")
         context = ts.Context({"file_io_concurrency": {"limit": _FILE_THREADS}})
-        return cls(str(path), path.absolute(), context)
+        return cls(str(path), path.resolve(), context)  # TensorStore refuses `..` in paths
 
     def read(self, key: str) -> bytes | None:
         """The object under `key`, or None."""
@@ -161,6 +162,8 @@ def storage_errors(doing: str) -> Iterator[None]:
     """
     try:
         yield
+    except ActstoreError:
+        raise  # ours already; some of them are ValueErrors too
     except TimeoutError:
         raise StorageError(
             f"could not {doing}: no answer in {TIMEOUT_SECONDS:.0f} s; run the same command again later"

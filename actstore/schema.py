@@ -32,7 +32,7 @@ Fingerprint = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9a-f]{64}$
 class StoredDocument(pydantic.BaseModel):
     """Base of everything that is stored as JSON."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: ClassVar[str]
 
     format: Literal[1] = FORMAT
@@ -109,6 +109,8 @@ class Plan(StoredDocument):
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             raise InputError(f"cannot plan this store: {field} is {first['input']!r}: {first['msg']}") from None
+        if _depth(blank.to_json()) > MAX_DEPTH:
+            raise InputError(f"cannot plan this store: provenance is nested deeper than {MAX_DEPTH} levels; flatten it")
         return blank.model_copy(update={"fingerprint": blank.compute_fingerprint()})
 
     def compute_fingerprint(self) -> str:
@@ -219,7 +221,7 @@ def parse_json(data: bytes, *, where: str) -> Any:
     if _depth(data) > MAX_DEPTH:
         raise CorruptStoreError(f"{where} is nested deeper than {MAX_DEPTH} levels; not read")
     try:
-        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        return json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptStoreError(
             f"{where} is not valid JSON ({str(error)[:80]}); restore it from a copy, or write the store again"

@@ -41,6 +41,7 @@ class Writer:
         assets: Mapping[str, bytes] | None = None,
         blocks_in_flight: int = BLOCKS_IN_FLIGHT,
     ) -> None:
+        root.check_writable(0)  # before a listing, which would say less about what is wrong
         root.check_writable(len(missing_blocks(root, plan)) * plan.layout.block_bytes)
         create_plan(root, plan)
         write_assets(root, plan, assets or {})

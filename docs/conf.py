@@ -19,9 +19,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 # The pages can be built without the libraries that only running a model needs.
-autodoc_mock_imports = [
-    name for name in ("flax", "jax", "safetensors", "tokenizers") if importlib.util.find_spec(name) is None
-]
+autodoc_mock_imports = [] if importlib.util.find_spec("jax") else ["extract.models"]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 

@@ -7,7 +7,11 @@ install_import_hook(["actstore", "extract"], "typecheck.checked")  # before anyt
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from stores import Contents, make_contents  # noqa: E402
+
+settings.register_profile("shared", deadline=None, max_examples=40)  # a busy machine is not a failure
+settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return url
 
 
-COMMANDS = ["info", "head", "plan", "extract", "demo"]
+COMMANDS = ["info", "head", "verify", "repair", "plan", "extract", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -42,8 +42,11 @@ ALL_SITES = (
 )
 ALL_COLUMNS = tuple(Column(f"c_{dtype}", dtype) for dtype in layouts.ColumnDType.__args__)
 TABLE = DocumentTableLayout(
-    documents=3, tokens=5_000_000, strings={"id": 9, "text": 10_000_000, "kind": 0}, numbers={"a": "int64", "b": "float64"}
-)  # fmt: skip
+    documents=3,
+    tokens=5_000_000,
+    strings={"id": 9, "text": 10_000_000, "kind": 0},
+    numbers={"a": "int64", "b": "float64"},
+)
 PLANS = {
     "everything": (Layout(ALL_SITES, 100, 32, 16, ALL_COLUMNS), TABLE),
     "no columns": (Layout(ALL_SITES[:1], 7, 8, 8, ()), None),
@@ -286,8 +289,14 @@ def stored(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("file", "title"),
-    [("plan", "Plan"), ("commits/00000001", "Marker"), ("documents", "TableMarker"), ("manifest", "Manifest"), ("SEALED", "Seal")],
-)  # fmt: skip
+    [
+        ("plan", "Plan"),
+        ("commits/00000001", "Marker"),
+        ("documents", "TableMarker"),
+        ("manifest", "Manifest"),
+        ("SEALED", "Seal"),
+    ],
+)
 def test_stored_documents_have_every_field(stored, file, title):
     data = (stored / ".act" / f"{file}.json").read_bytes()
     assert set(json.loads(data)) == set(documented_fields(TEXT, title))
