@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float32, Shaped
 
 from actstore.errors import InputError
 from actstore.kvstore import Root, storage_errors
@@ -20,9 +20,12 @@ from actstore.ledger import checksum, create_nodes, create_plan, missing_blocks,
 from actstore.metadata import array_metadata
 from actstore.moments import as_stored, row_norms, to_float32
 from actstore.schema import Marker, Plan
+from actstore.shards import encode
 
 Array = Shaped[np.ndarray, "..."]
+Norms = Float32[np.ndarray, " sample"]
 BLOCKS_IN_FLIGHT = 2  # one is being written while the next is handed over
+SHARDS_AT_ONCE = 4  # while some wait for the disk to sync, others use the cores
 
 
 class Writer:
@@ -53,6 +56,7 @@ class Writer:
         }
         self._seal = seal
         self._pool = ThreadPoolExecutor(blocks_in_flight, thread_name_prefix="actstore-writer")
+        self._shard_pool = ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="actstore-shards")
         self._free = threading.BoundedSemaphore(blocks_in_flight)
         self._pending: list[Future[Marker]] = []
         self._write_labels()
@@ -74,7 +78,7 @@ class Writer:
             samples: per column of the layout, an integer array [sample].
 
         The arrays must not change until the future is done. Waits while `blocks_in_flight` blocks are being written;
-        memory is that many blocks, twice while they are encoded.
+        memory is that many blocks.
 
         Raises:
             InputError: a site or column is missing, unknown, of another shape or dtype, or holds NaN or infinity.
@@ -109,8 +113,13 @@ class Writer:
         Raises:
             StoreError: a block could not be written.
         """
-        self._pool.shutdown(wait=True)
+        self._shut_down()
         self.raise_failures()
+
+    def _shut_down(self) -> None:
+        """Finishes what was handed over, then ends the threads."""
+        self._pool.shutdown(wait=True)
+        self._shard_pool.shutdown(wait=True)
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +128,7 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._shut_down()
             return
         self.close()
         if self._seal:
@@ -142,40 +151,58 @@ class Writer:
     def _commit(self, block: int, data: dict[str, Array], columns: dict[str, Array]) -> Marker:
         """All shards, then `valid`, then the marker. Runs in a thread of the writer."""
         start, stop = self.layout.block_range(block)
+        submit = self._shard_pool.submit
+        shards = {
+            name: [submit(self._write_shard, name, index, start, rows) for index, rows in enumerate(layers)]
+            for name, layers in data.items()
+        }
+        written = {name: [future.result() for future in futures] for name, futures in shards.items()}
+        checksums = {name: tuple(digest for digest, _ in results) for name, results in written.items()}
         pending: list[Any] = []
-        checksums: dict[str, tuple[str, ...]] = {}
         with storage_errors(f"write block {block} of {self.root.url}"):
-            for name, layers in data.items():
-                pending += [self._start_shard(name, start, rows, layer=index) for index, rows in enumerate(layers)]
-            for name, layers in data.items():
-                norms = np.stack([row_norms(rows) for rows in layers])
-                _refuse_non_finite(self.layout.site(name), norms, layers, start)
-                pending += [
-                    self._start_shard(norm_name(name), start, row, layer=index) for index, row in enumerate(norms)
-                ]
-                checksums[name] = tuple(checksum(rows) for rows in layers)
-                checksums[norm_name(name)] = tuple(checksum(row) for row in norms)
+            for name, results in written.items():
+                norms = [norm for _, norm in results]
+                pending += [self._start(norm_name(name), start, row, layer=index) for index, row in enumerate(norms)]
+                checksums[norm_name(name)] = tuple(map(checksum, norms))
             for name, values in columns.items():
-                pending.append(self._start_shard(name, start, values))
+                pending.append(self._start(name, start, values))
                 checksums[name] = (checksum(values),)
             for future in pending:
                 future.result()
-            self._start_shard("valid", start, np.ones(stop - start, np.uint8)).result()
+            self._start("valid", start, np.ones(stop - start, np.uint8)).result()
         marker = Marker(block=block, samples=(start, stop), fingerprint=self.plan.fingerprint, checksums=checksums)
         write_marker(self.root, marker)
         return marker
 
-    def _start_shard(self, name: str, start: int, rows: Array, *, layer: int = 0) -> Any:
-        """Starts writing one whole shard, padded with the fill value where the last block is short."""
-        array = self._arrays[name]
-        missing = self.layout.block_samples - len(rows)
-        if missing:
-            fill = np.zeros((), np.uint8) if name == "valid" else array.fill_value
-            rows = np.concatenate([rows, np.full((missing, *rows.shape[1:]), fill, rows.dtype)])
+    def _write_shard(self, name: str, layer: int, start: int, rows: Array) -> tuple[str, Norms]:
+        """Writes the shard of one layer; its checksum and the norms of its rows. Durable when it returns."""
+        site = self.layout.site(name)
+        norms = row_norms(rows)
+        _refuse_non_finite(site, layer, rows, norms, start)
+        whole = self._padded(name, rows)
+        pieces = encode(whole, chunk_samples=self.layout.chunk_samples, codec=self.layout.codec)
+        if pieces is None:
+            with storage_errors(f"write {name} of {self.root.url}"):
+                self._start(name, start, rows, layer=layer).result()
+        else:
+            place = f"{start // self.layout.block_samples}/0"
+            self.root.write_pieces(f"{name}/c/{place}" if site.layers is None else f"{name}/c/{layer}/{place}", pieces)
+        return checksum(rows), norms
+
+    def _start(self, name: str, start: int, rows: Array, *, layer: int = 0) -> Any:
+        """Starts writing a whole shard or chunk through TensorStore."""
+        array, rows = self._arrays[name], self._padded(name, rows)
         span = slice(start, start + len(rows))
-        has_layers = array.rank > rows.ndim
-        target = array[layer, span] if has_layers else array[span]
+        target = array[layer, span] if array.rank > rows.ndim else array[span]
         return target.write(rows, can_reference_source_data_indefinitely=True)
+
+    def _padded(self, name: str, rows: Array) -> Array:
+        """Rows of a whole block: a short last block is filled up with the fill value."""
+        missing = self.layout.block_samples - len(rows)
+        if not missing:
+            return rows
+        fill = np.zeros((), np.uint8) if name == "valid" else self._arrays[name].fill_value
+        return np.concatenate([rows, np.full((missing, *rows.shape[1:]), fill, rows.dtype)])
 
     def _write_labels(self) -> None:
         """The `layer` coordinates: a few bytes, the same from every process."""
@@ -213,12 +240,12 @@ def _column_values(column: Column, values: Array, count: int) -> Array:
     return stored
 
 
-def _refuse_non_finite(site: Site, norms: Array, layers: Array, start: int) -> None:
+def _refuse_non_finite(site: Site, layer: int, rows: Array, norms: Norms, start: int) -> None:
     """NaN and infinity are never stored: they would spoil every statistic and every training step after."""
-    for index, row in np.argwhere(~np.isfinite(norms)):
-        if not np.isfinite(to_float32(layers[index, row])).all():
-            layer = "" if site.layers is None else f", layer {site.layers[index]}"
+    for row in np.flatnonzero(~np.isfinite(norms)):
+        if not np.isfinite(to_float32(rows[row])).all():
+            label = "" if site.layers is None else f", layer {site.layers[layer]}"
             raise InputError(
-                f"site {site.name!r}{layer}, sample {start + row} holds NaN or infinity, expected finite activations; "
+                f"site {site.name!r}{label}, sample {start + row} holds NaN or infinity, expected finite activations; "
                 "find out why the model produced it"
             )
