@@ -135,6 +135,10 @@ class Batches:
                 f"the state belongs to the loader {state['loader']}, this one is {self._identity}: another store, "
                 "site, layer, seed, window or batch size; make the loader with the settings it had"
             )
+        if state["position"] > self._order.samples:
+            raise InputError(
+                f"the state is at sample {state['position']}, the store has {self._order.samples}; not restored"
+            )
         self._epoch, self._position = state["epoch"], state["position"]
 
     def close(self) -> None:

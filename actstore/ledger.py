@@ -15,7 +15,17 @@ from jaxtyping import Shaped
 from actstore.errors import CorruptStoreError, InputError, SealedStoreError, StoreNotFoundError, UnfinishedStoreError
 from actstore.kvstore import Root
 from actstore.metadata import array_metadata, documents_group, group_metadata
-from actstore.schema import Manifest, Marker, Plan, RootAttributes, Seal, TableMarker, canonical_json, parse_json
+from actstore.schema import (
+    FORMAT,
+    Manifest,
+    Marker,
+    Plan,
+    RootAttributes,
+    Seal,
+    TableMarker,
+    canonical_json,
+    parse_json,
+)
 
 PLAN_KEY = ".act/plan.json"
 MARKER_FOLDER = ".act/commits/"
@@ -178,10 +188,10 @@ def seal(root: Root, plan: Plan) -> None:
     if plan.documents is not None and not has_table(root):
         raise UnfinishedStoreError(f"{root.url} cannot be sealed: its documents are not written; write them, then seal")
     markers = tuple(read_marker(root, plan, block) for block in range(plan.layout.blocks))
-    manifest = Manifest(fingerprint=plan.fingerprint, blocks=markers).to_json()
+    manifest = Manifest(format=FORMAT, fingerprint=plan.fingerprint, blocks=markers).to_json()
     root.write(MANIFEST_KEY, manifest)
     for name, metadata in array_metadata(plan, complete=True).items():
         root.write(f"{name}/zarr.json", canonical_json(metadata))  # the shape shrinks; no chunk is touched
     root.write("zarr.json", canonical_json(group_metadata(plan, status="complete")))
     digest = hashlib.sha256(manifest).hexdigest()
-    root.write(SEAL_KEY, Seal(fingerprint=plan.fingerprint, manifest_sha256=digest).to_json())
+    root.write(SEAL_KEY, Seal(format=FORMAT, fingerprint=plan.fingerprint, manifest_sha256=digest).to_json())

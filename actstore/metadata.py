@@ -7,7 +7,7 @@ stands in the `zarr.json` of an array: those are there for other Zarr readers.
 from typing import Any, Literal
 
 from actstore.layout import Codec, Column, Layout, Site, norm_name
-from actstore.schema import CONVENTION, DocumentTableLayout, Plan, RootAttributes
+from actstore.schema import CONVENTION, FORMAT, DocumentTableLayout, Plan, RootAttributes
 
 Json = dict[str, Any]
 TABLE_CHUNK_BYTES = 4 << 20
@@ -44,7 +44,7 @@ def array_metadata(plan: Plan, *, complete: bool) -> dict[str, Json]:
 
 def group_metadata(plan: Plan, *, status: Literal["writing", "complete"]) -> Json:
     """`zarr.json` of the root group, with the metadata of all arrays consolidated into it."""
-    attributes = RootAttributes(status=status, fingerprint=plan.fingerprint)
+    attributes = RootAttributes(format=FORMAT, status=status, fingerprint=plan.fingerprint)
     model = plan.provenance.get("model")
     nodes = array_metadata(plan, complete=status == "complete")
     if plan.documents is not None:

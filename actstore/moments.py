@@ -2,7 +2,7 @@
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Float32, Shaped, UInt32
+from jaxtyping import Float32, Shaped, UInt32
 
 from actstore.errors import InputError
 
@@ -37,7 +37,7 @@ def row_norms(rows: Shaped[np.ndarray, "sample width"]) -> Float32[np.ndarray, "
     return norms
 
 
-def as_stored(values: Float[np.ndarray, "*shape"], dtype: str, *, what: str) -> Shaped[np.ndarray, "*shape"]:
+def as_stored(values: Shaped[np.ndarray, "*shape"], dtype: str, *, what: str) -> Shaped[np.ndarray, "*shape"]:
     """`values` in the dtype they are stored in; not copied where they already are.
 
     Raises:

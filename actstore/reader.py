@@ -120,7 +120,9 @@ def open_dataset(
             continue
         array = root.open_array(name, spec)
         variables[name] = _variable(array, spec, name=name, raw=raw, doing=f"read {name} of {root.url}")
-    dataset = xr.Dataset(variables, attrs=group_metadata(plan, status="complete")["attributes"])
+    dataset = xr.Dataset(
+        variables, attrs=group_metadata(plan, status="complete" if complete else "writing")["attributes"]
+    )
     dataset = dataset.set_coords([column.name for column in plan.layout.columns if column.name in variables])
     return dataset if complete else _only_committed(dataset, root, plan)
 

@@ -16,7 +16,7 @@ from actstore.kvstore import Root, storage_errors
 from actstore.layout import check_name
 from actstore.ledger import checksum, has_table, write_table_marker
 from actstore.metadata import table_metadata
-from actstore.schema import DocumentTableLayout, Plan, TableMarker
+from actstore.schema import FORMAT, DocumentTableLayout, Plan, TableMarker
 
 TAKEN = frozenset({"id", "text", "token_id", "token_start", "token_end", "token_offsets"})
 
@@ -114,7 +114,7 @@ def write_table(root: Root, plan: Plan, table: DocumentTable) -> None:
     with storage_errors(f"write documents of {root.url}"):
         for future in pending:
             future.result()
-    write_table_marker(root, TableMarker(fingerprint=plan.fingerprint, checksums=checksums))
+    write_table_marker(root, TableMarker(format=FORMAT, fingerprint=plan.fingerprint, checksums=checksums))
 
 
 class StoredDocuments:

@@ -134,6 +134,8 @@ def _shards(layout: Layout, marker: Marker) -> Iterator[_Shard]:
         for index, digest in enumerate(digests):
             layer = None if site is None or site.layers is None else index
             yield _Shard(array, layer, marker.block, *marker.samples, digest)
+    start, stop = marker.samples
+    yield _Shard("valid", None, marker.block, start, stop, checksum(np.ones(stop - start, np.uint8)))
 
 
 def _drawn(shard: _Shard, share: float) -> bool:
@@ -146,7 +148,7 @@ def _check_shard(arrays: dict[str, Any], layout: Layout, shard: _Shard, *, whole
     source = arrays[shard.array] if shard.layer is None else arrays[shard.array][shard.layer]
     name = shard.name(layout)
     try:
-        with storage_errors(f"read {name}"):
+        with storage_errors("read it"):
             if not whole:
                 source[shard.stop - 1 : shard.stop].read().result()
                 return None, 0
@@ -193,8 +195,26 @@ def _metadata_findings(root: Root, plan: Plan, *, complete: bool) -> Iterator[Fi
         data = root.read(f"assets/{name}")
         if data is None or hashlib.sha256(data).hexdigest() != digest:
             yield Finding(f"assets/{name}", "is missing" if data is None else "differs from its digest in the plan")
+    yield from _label_findings(root, plan)
     if complete:
         yield from _seal_findings(root, plan)
+
+
+def _label_findings(root: Root, plan: Plan) -> Iterator[Finding]:
+    """The layer coordinates, compared with the plan."""
+    metadata = array_metadata(plan, complete=True)
+    for site in plan.layout.sites:
+        if site.layers is None:
+            continue
+        name = plan.layout.layer_dimension(site)
+        try:
+            with storage_errors("read it"):
+                labels = root.open_array(name, metadata[name]).read().result()
+        except ActstoreError as error:
+            yield Finding(name, str(error).removesuffix("; run `actstore verify`"))
+            continue
+        if not np.array_equal(labels, site.layers):
+            yield Finding(name, f"holds {np.asarray(labels).tolist()}, the plan has {list(site.layers)}")
 
 
 def _seal_findings(root: Root, plan: Plan) -> Iterator[Finding]:
@@ -228,7 +248,7 @@ def _document_findings(root: Root, plan: Plan, *, whole: bool) -> Iterator[Findi
             continue
         array = root.open_array(name, spec)
         try:
-            with storage_errors(f"read {name}"):
+            with storage_errors("read it"):
                 values = np.asarray((array if whole else array[:1] if array.size else array).read().result())
         except ActstoreError as error:
             yield Finding(name, str(error))

@@ -19,7 +19,7 @@ from actstore.layout import Column, Layout, Site, norm_name
 from actstore.ledger import checksum, create_nodes, create_plan, missing_blocks, seal, write_assets, write_marker
 from actstore.metadata import array_metadata
 from actstore.moments import as_stored, row_norms, to_float32
-from actstore.schema import Marker, Plan
+from actstore.schema import FORMAT, Marker, Plan
 from actstore.shards import encode
 
 Array = Shaped[np.ndarray, "..."]
@@ -170,7 +170,9 @@ class Writer:
             for future in pending:
                 future.result()
             self._start("valid", start, np.ones(stop - start, np.uint8)).result()
-        marker = Marker(block=block, samples=(start, stop), fingerprint=self.plan.fingerprint, checksums=checksums)
+        marker = Marker(
+            format=FORMAT, block=block, samples=(start, stop), fingerprint=self.plan.fingerprint, checksums=checksums
+        )
         write_marker(self.root, marker)
         return marker
 
@@ -232,9 +234,10 @@ def _column_values(column: Column, values: Array, count: int) -> Array:
     """Values of a column in its dtype, refused where they do not fit."""
     if values.shape != (count,):
         raise InputError(f"column {column.name!r} has shape {values.shape}, expected ({count},)")
-    stored = np.ascontiguousarray(values).astype(column.dtype)
-    if values.dtype.kind not in "iuf" or (values.dtype.kind == "f") != (stored.dtype.kind == "f"):
+    target = np.dtype(column.dtype)
+    if values.dtype.kind not in "iuf" or (values.dtype.kind == "f") != (target.kind == "f"):
         raise InputError(f"column {column.name!r} has dtype {values.dtype}, expected {column.dtype}")
+    stored = np.ascontiguousarray(values).astype(target)
     if stored.dtype.kind != "f" and not np.array_equal(stored, values):
         raise InputError(f"column {column.name!r} has values that {column.dtype} cannot hold; use a wider dtype")
     return stored

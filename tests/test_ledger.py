@@ -98,11 +98,11 @@ STATUS_ERRORS = {
     "no attributes": (b"{}", r"has no valid attribute `actstore` \(KeyError\); restore it from a copy"),
     "a list": (b"[]", r"has no valid attribute `actstore` \(TypeError\)"),
     "odd status": (
-        canonical_json({"attributes": {"actstore": {"status": "done", "fingerprint": SMALL.plan.fingerprint}}}),
+        canonical_json({"attributes": {"actstore": {"format": 1, "status": "done", "fingerprint": SMALL.plan.fingerprint}}}),
         r"has no valid attribute `actstore` \(ValidationError\)",
     ),
     "another store": (
-        canonical_json({"attributes": {"actstore": {"status": "complete", "fingerprint": "0" * 64}}}),
+        canonical_json({"attributes": {"actstore": {"format": 1, "status": "complete", "fingerprint": "0" * 64}}}),
         "belongs to the plan 000000000000, .* two stores were mixed",
     ),
 }
@@ -133,7 +133,7 @@ def test_only_markers_count_as_committed(root):
 
 
 def test_a_marker_comes_back(root):
-    marker = Marker(block=1, samples=(4, 8), fingerprint=SMALL.plan.fingerprint, checksums={"x": ("0" * 32,)})
+    marker = Marker(format=1, block=1, samples=(4, 8), fingerprint=SMALL.plan.fingerprint, checksums={"x": ("0" * 32,)})
     write_marker(root, marker)
     assert read_marker(root, SMALL.plan, 1) == marker
     assert json.loads((root.path / ".act/commits/00000001.json").read_bytes())["block"] == 1
@@ -149,7 +149,7 @@ def test_a_marker_comes_back(root):
     ids=["another plan", "another block", "missing"],
 )
 def test_a_marker_of_something_else_is_refused(root, changes, message):
-    marker = Marker(block=1, samples=(4, 8), fingerprint=SMALL.plan.fingerprint, checksums={})
+    marker = Marker(format=1, block=1, samples=(4, 8), fingerprint=SMALL.plan.fingerprint, checksums={})
     if changes is not None:
         root.write(".act/commits/00000001.json", marker.model_copy(update=changes).to_json())
     with pytest.raises(CorruptStoreError, match=message):

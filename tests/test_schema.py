@@ -27,14 +27,14 @@ PROVENANCE = {"model": {"name": "tiny", "sha": "ff"}, "list": [1, 2.5, None, Tru
 TABLE = DocumentTableLayout(documents=3, tokens=40, numbers={"pages": "int64"}, strings={"id": 9, "text": 120})
 ASSETS = {"tokenizer.json": b"{}"}
 PLAN = Plan.make(LAYOUT, PROVENANCE, TABLE, ASSETS)
-MARKER = Marker(block=2, samples=(64, 96), fingerprint=PLAN.fingerprint, checksums={"a": ("0" * 32, "f" * 32)})
+MARKER = Marker(format=1, block=2, samples=(64, 96), fingerprint=PLAN.fingerprint, checksums={"a": ("0" * 32, "f" * 32)})
 DOCUMENTS = {
     "plan": PLAN,
     "plan without documents": Plan.make(LAYOUT, {}),
     "marker": MARKER,
-    "documents marker": TableMarker(fingerprint=PLAN.fingerprint, checksums={"text_bytes": "a" * 32}),
-    "manifest": Manifest(fingerprint=PLAN.fingerprint, blocks=(MARKER, MARKER)),
-    "seal": Seal(fingerprint=PLAN.fingerprint, manifest_sha256="0" * 64),
+    "documents marker": TableMarker(format=1, fingerprint=PLAN.fingerprint, checksums={"text_bytes": "a" * 32}),
+    "manifest": Manifest(format=1, fingerprint=PLAN.fingerprint, blocks=(MARKER, MARKER)),
+    "seal": Seal(format=1, fingerprint=PLAN.fingerprint, manifest_sha256="0" * 64),
 }
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
@@ -237,16 +237,18 @@ def without(document, *fields):
 
 
 WRONG = {
-    "list": (Plan, b"[]", "x is not a plan of format 1: : Input should be a valid"),
+    "list": (Plan, b"[]", "x is not a plan of format 1: : Input should be an object"),
     "newer format": (Plan, edited(PLAN, format=2), "x is not a plan of format 1: format: Input should be 1"),
     "unknown field": (Seal, edited(DOCUMENTS["seal"], note="hi"), "x is not a seal of format 1: note: Extra inputs"),
+    "no format": (Marker, without(MARKER, "format"), "x is not a commit marker of format 1: format: Field required"),
+    "number as text": (Marker, edited(MARKER, block="2"), "block: Input should be a valid integer"),
     "missing field": (Marker, without(MARKER, "block"), "x is not a commit marker of format 1: block: Field required"),
     "negative block": (Marker, edited(MARKER, block=-1), "block: Input should be greater than or equal to 0"),
     "block as text": (Marker, edited(MARKER, block="two"), "block: Input should be a valid integer"),
     "short digest": (Marker, edited(MARKER, checksums={"a": ["00"]}), "checksums.a.0: String should match pattern"),
     "three ends": (Marker, edited(MARKER, samples=[1, 2, 3]), "samples"),
     "short fingerprint": (Seal, edited(DOCUMENTS["seal"], fingerprint="00"), "fingerprint: String should match"),
-    "marker in manifest": (Manifest, edited(DOCUMENTS["manifest"], blocks=[{}]), "blocks.0.block: Field required"),
+    "marker in manifest": (Manifest, edited(DOCUMENTS["manifest"], blocks=[{"format": 1}]), "blocks.0.block: Field required"),
     "layout that cannot be": (
         Plan,
         edited(PLAN, layout=json.loads(PLAN.to_json())["layout"] | {"samples": 0}),
@@ -272,4 +274,4 @@ def test_documents_are_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PLAN.layout.samples = 3
     with pytest.raises(ValueError, match="frozen"):
-        RootAttributes(status="writing", fingerprint="0" * 64).status = "complete"
+        RootAttributes(format=1, status="writing", fingerprint="0" * 64).status = "complete"

@@ -73,15 +73,20 @@ def edit_marker(field: str, value: object) -> Damage:
     return damage
 
 
-NEEDS_FULL = {"a swapped shard", "a swapped column", "a bit of the first chunk", "a swapped document array"}
+NEEDS_FULL = {
+    "a swapped shard", "a swapped column", "a bit of the first chunk", "a swapped document array",
+}  # fmt: skip
 DAMAGES: dict[str, tuple[Damage, str, str, list[int]]] = {
     "a bit of the first chunk": (flip("resid_post/c/1/2/0", at=3), "resid_post, layer 5, block 2", "Digest", [2]),
     "a bit of the index": (flip("resid_post/c/0/1/0", at=-8), "resid_post, layer 2, block 1", "Digest mismatch", [1]),
     "a cut shard": (cut("attn_out/c/0/0/0", keep=50), "attn_out, layer 5, block 0", "has size of 50 bytes", [0]),
     "an empty shard": (cut("final_norm/c/3/0", keep=0), "final_norm, block 3", "not valid for value of size 0", [3]),
-    "a missing shard": (lose("mlp_out/c/2/1/0"), "mlp_out, layer 11, block 1", "is missing", [1]),
-    "a missing norm": (lose("final_norm_norm/c/1"), "final_norm_norm, block 1", "is missing", [1]),
-    "a missing column": (lose("token_id/c/0"), "token_id, block 0", "is missing", [0]),
+    "a missing shard": (lose("mlp_out/c/2/1/0"), "mlp_out, layer 11, block 1", "missing object at", [1]),
+    "a missing norm": (lose("final_norm_norm/c/1"), "final_norm_norm, block 1", "missing object at", [1]),
+    "a missing column": (lose("token_id/c/0"), "token_id, block 0", "missing object at", [0]),
+    "a missing valid chunk": (lose("valid/c/3"), "valid, block 3", "missing object at", [3]),
+    "missing layer labels": (lose("layer/c/0"), "layer", "missing object at", []),
+    "a bit of the layer labels": (flip("layer/c/0", at=1), "layer", "Digest mismatch", []),
     "a swapped column": (swap("score/c/1", "score/c/2"), "score, block 1", "differ from the commit marker", [1, 2]),
     "a swapped shard": (
         swap("resid_post/c/0/0/0", "resid_post/c/2/0/0"), "resid_post, layer 2, block 0", "swapped", [0],
@@ -113,7 +118,7 @@ def test_a_sound_store_raises_no_alarm(finished: Path, unfinished: Path, depth: 
 def test_full_compares_every_byte_of_every_array(contents: Contents, finished: Path) -> None:
     norms = sum(site.rows_per_sample * 4 for site in contents.layout.sites)
     columns = sum(values.itemsize for values in contents.columns.values())
-    expected = contents.layout.samples * (contents.layout.sample_bytes + norms + columns)
+    expected = contents.layout.samples * (contents.layout.sample_bytes + norms + columns + 1)  # 1 is `valid`
     assert report_of(finished).bytes_compared == expected
     assert report_of(finished, "fast").bytes_compared == 0
     assert 0 < report_of(finished, "sample", share=0.3).bytes_compared < expected

@@ -19,7 +19,7 @@ import tensorstore as ts
 from stores import LAYOUT, make_contents, raw_tensorstore, tree
 
 import actstore
-from actstore import Column, Layout, Site
+from actstore import Layout, Site
 from actstore.errors import InputError, PlanMismatchError, SealedStoreError, StorageError, UnfinishedStoreError
 from actstore.kvstore import Root
 from actstore.metadata import array_metadata
@@ -65,7 +65,7 @@ def test_shards_are_byte_for_byte_those_of_tensorstore(tmp_path, codec, chunk):
     for name, rows in contents.rows.items():
         shutil.copytree(path / name, tmp_path / name, ignore=shutil.ignore_patterns("c"))
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path / name}/"}}
-        array = ts.open(spec, open=True, store_data_equal_to_fill_value=True).result()
+        array = ts.open({**spec, "store_data_equal_to_fill_value": True}, open=True).result()
         padded = np.full(array.shape, np.nan, rows.dtype)
         padded[..., : layout.samples, :] = rows
         array.write(padded).result()
@@ -152,8 +152,8 @@ def resid(value, dtype=ml_dtypes.bfloat16):
 
 
 REFUSED = {
-    "site missing": ({"mlp_out": None}, {}, "a block needs the sites ['attn_out', 'final_norm', 'mlp_out', 'resid_post'"),
-    "site unknown": ({"resid_pre": resid(0)}, {}, "found ['attn_out', 'final_norm', 'mlp_out', 'resid_post', 'resid_pre'"),
+    "site missing": ({"mlp_out": None}, {}, "a block needs the sites ['attn_out', 'final_norm', 'mlp_out', 'resid"),
+    "site unknown": ({"resid_pre": resid(0)}, {}, "'mlp_out', 'resid_post', 'resid_pre']; give"),
     "column missing": ({}, {"score": None}, "a block needs the columns ['document', 'flag', 'position', 'score', 'tok"),
     "column unknown": ({}, {"other": np.zeros(16)}, "; give each exactly once"),
     "too few samples": (
@@ -161,7 +161,7 @@ REFUSED = {
         {},
         "site 'resid_post' has shape (3, 15, 6), expected (3, 16, 6): (layer, sample, width) of this block",
     ),
-    "axes swapped": ({"resid_post": resid(0).transpose(1, 0, 2)}, {}, "site 'resid_post' has shape (16, 3, 6), expected"),
+    "axes swapped": ({"resid_post": resid(0).transpose(1, 0, 2)}, {}, "has shape (16, 3, 6), expected"),
     "layer of a layerless site": (
         {"final_norm": np.zeros((1, 16, 3), np.float32)},
         {},
@@ -183,9 +183,9 @@ REFUSED = {
     "column of integers": ({}, {"score": np.zeros(16, int)}, "column 'score' has dtype int64, expected float32"),
     "column of truths": ({}, {"flag": np.zeros(16, bool)}, "column 'flag' has dtype bool, expected uint8"),
     "column of text": ({}, {"position": np.full(16, "a")}, "column 'position' has dtype <U1, expected int32"),
-    "column too large": ({}, {"flag": np.full(16, 256)}, "column 'flag' has values that uint8 cannot hold; use a wider"),
+    "column too large": ({}, {"flag": np.full(16, 256)}, "column 'flag' has values that uint8 cannot hold; use a"),
     "column negative": ({}, {"flag": np.full(16, -1)}, "column 'flag' has values that uint8 cannot hold"),
-    "column over 32 bits": ({}, {"document": np.full(16, 2**40)}, "column 'document' has values that int32 cannot hold"),
+    "column over 32 bits": ({}, {"document": np.full(16, 2**40)}, "has values that int32 cannot hold"),
 }  # fmt: skip
 
 
@@ -211,17 +211,23 @@ def test_a_block_that_does_not_fit_is_refused_at_once(tmp_path, contents, activa
 @pytest.mark.parametrize("block", [-1, 4])
 def test_a_block_that_is_not_in_the_layout_is_refused(tmp_path, contents, block):
     activations, columns = contents.block(0)
-    with contents.create(tmp_path / "x.acts.zarr") as writer:
-        with pytest.raises(InputError, match=f"block {block} does not exist; this layout has blocks 0 to 3"):
-            writer.write(block, activations, samples=columns)
+    writer = contents.create(tmp_path / "x.acts.zarr")
+    with pytest.raises(InputError, match=f"block {block} does not exist; this layout has blocks 0 to 3"):
+        writer.write(block, activations, samples=columns)
 
 
 BROKEN = {
     "NaN": ({"resid_post": resid(np.nan)}, "site 'resid_post', layer 5, sample 19 holds NaN or infinity"),
     "infinity": ({"resid_post": resid(-np.inf)}, "site 'resid_post', layer 5, sample 19 holds NaN or infinity"),
     "NaN to be rounded": ({"resid_post": resid(np.nan, np.float64)}, "site 'resid_post', layer 5, sample 19 holds NaN"),
-    "infinity to be rounded": ({"resid_post": resid(np.inf, np.float32)}, "site 'resid_post', layer 5, sample 19 holds"),
-    "layerless": ({"final_norm": np.full((16, 3), np.inf, np.float32)}, "site 'final_norm', sample 16 holds NaN or inf"),
+    "infinity to be rounded": (
+        {"resid_post": resid(np.inf, np.float32)},
+        "site 'resid_post', layer 5, sample 19 holds",
+    ),
+    "layerless": (
+        {"final_norm": np.full((16, 3), np.inf, np.float32)},
+        "site 'final_norm', sample 16 holds NaN or inf",
+    ),
 }
 
 
@@ -256,8 +262,8 @@ def test_another_run_is_refused_and_changes_nothing(unfinished):
     other = dataclasses.replace(make_contents(dataclasses.replace(LAYOUT, codec="none")), provenance={"model": "x"})
     with pytest.raises(PlanMismatchError) as caught:
         other.create(unfinished)
-    for field in ("layout.codec: there \"crc32c\", here \"none\"", "provenance.model: there nothing", "provenance.numbers"):  # fmt: skip
-        assert field in str(caught.value)
+    fields = ['layout.codec: there "crc32c", here "none"', "provenance.model: there nothing", "provenance.numbers"]
+    assert all(field in str(caught.value) for field in fields)
     assert tree(unfinished) == before
 
 
@@ -358,43 +364,180 @@ import sys
 from stores import make_contents
 make_contents().write(sys.argv[1], blocks=map(int, sys.argv[2].split(",")), seal=False)
 """
-RENAME = re.compile(r'renameat2?\(.*?"([^"]+)", .*?"([^"]+)"|rename\("([^"]+)", "([^"]+)"')
-SYNC = re.compile(r"f(?:data)?sync\(\d+<([^>]+)>")
+CALL = re.compile(
+    r"^(?P<start>[0-9.]+) (?P<call>rename|f(?:data)?sync)\w*\((?P<arguments>.*)\) += 0 <(?P<seconds>[0-9.]+)>$"
+)
 
 
-def durable(trace: str, store: Path) -> list[str]:
-    """Keys in the order in which they became durable, out of strace's lines: file synced, renamed, folder synced.
+@dataclasses.dataclass(frozen=True)
+class Life:
+    """When an object was renamed into place, and when that was durable, in seconds."""
 
-    Raises AssertionError where something is renamed that was not synced.
+    begun: float
+    durable: float
+
+
+def lives(lines: list[str], store: Path) -> dict[str, Life]:
+    """Every object of a store: synced as a file, then renamed, then its folder synced, each done before the next began.
+
+    Raises AssertionError where that is not so.
     """
-    synced: set[str] = set()
-    waiting: dict[str, list[str]] = {}
-    order = []
-    for line in trace.splitlines():
-        if match := SYNC.search(line):
-            synced.add(match[1])
-            order += waiting.pop(match[1], [])
-        elif match := RENAME.search(line):
-            source, target = match[1] or match[3], match[2] or match[4]
-            assert source in synced, f"{source} was renamed before it was synced"
-            waiting.setdefault(str(Path(target).parent), []).append(str(Path(target).relative_to(store)))
-    assert not waiting, f"the folders of {waiting} were never synced"
-    return order
+    syncs: dict[str, list[tuple[float, float]]] = {}
+    renames: list[tuple[float, float, str, str]] = []
+    for match in filter(None, map(CALL.search, lines)):
+        begin = float(match["start"])
+        end = begin + float(match["seconds"])
+        if match["call"] == "rename":
+            source, target = re.findall(r'"([^"]+)"', match["arguments"])
+            renames.append((begin, end, source, target))
+        else:
+            syncs.setdefault(re.search("<(.+)>", match["arguments"])[1], []).append((begin, end))
+    found = {}
+    for begin, end, source, target in renames:
+        assert any(done <= begin for _, done in syncs.get(source, [])), f"{source} was renamed before it was synced"
+        folder = [done for start, done in syncs.get(str(Path(target).parent), []) if start >= end]
+        assert folder, f"the folder of {target} was not synced after the rename"
+        found[str(Path(target).relative_to(store))] = Life(begin, min(folder))
+    return found
 
 
 @pytest.fixture(scope="module")
-def trace(tmp_path_factory):
-    """(strace's lines, the store) of a process that writes blocks 2 and 0. One line per finished call."""
-    folder = tmp_path_factory.mktemp("trace")
+def traced(tmp_path_factory):
+    """The life of every object that a process made that wrote blocks 2 and 0."""
+    folder = tmp_path_factory.mktemp("traced").resolve()
     if shutil.which("strace") is None:
         pytest.skip("no strace here: the order of writes is not proven")
-    calls = "--trace=rename,renameat,renameat2,fsync,fdatasync"
-    strace = ("strace", "--follow-forks", "-y", "-s", "4096", "-qq", calls, "--output-separately", f"--output={folder}/t")
-    store = folder / "x.acts.zarr"
-    process = start(WRITE, store, "2,0", before=(*strace[:-2], "--absolute-timestamps=format:unix,precision:us", *strace[-2:]))
-    _, errors = process.communicate(timeout=120)
-    if "Operation not permitted" in errors:
+    strace = (
+        "strace", "--follow-forks", "--output-separately", f"--output={folder}/t", "-y", "-s", "4096", "-qq",
+        "--syscall-times=us", "--absolute-timestamps=format:unix,precision:us",
+        "--trace=rename,renameat,renameat2,fsync,fdatasync",
+    )  # fmt: skip
+    process = start(WRITE, folder / "x.acts.zarr", "2,0", before=strace)
+    _, errors = process.communicate(timeout=300)
+    if "ptrace" in errors:
         pytest.skip(f"strace may not trace here: {errors.strip()}")
     assert process.returncode == 0, errors
     lines = [line for path in folder.glob("t.*") for line in path.read_text().splitlines()]
-    return "\n".join(sorted(lines)), store
+    return lives(lines, folder / "x.acts.zarr")
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_shards_then_valid_then_marker(traced, contents, block):
+    """As the system sees it: a step begins when the one before is on the disk."""
+    valid, marker = traced[f"valid/c/{block}"], traced[f".act/commits/{block:08d}.json"]
+    keys = [f"{name}/c/{block}" for name in contents.columns]
+    for site in contents.layout.sites:
+        for layer in [""] if site.layers is None else [f"{index}/" for index in range(len(site.layers))]:
+            keys += [f"{site.name}/c/{layer}{block}/0", f"{site.name}_norm/c/{layer}{block}"]
+    assert max(traced[key].durable for key in keys) <= valid.begun
+    assert valid.durable <= marker.begun
+
+
+def test_the_plan_comes_first_and_the_documents_before_their_marker(traced):
+    assert min(traced, key=lambda key: traced[key].begun) == ".act/plan.json"
+    assert traced[".act/plan.json"].durable <= min(
+        life.begun for key, life in traced.items() if key != ".act/plan.json"
+    )
+    documents = [life.durable for key, life in traced.items() if key.startswith("documents/")]
+    assert len(documents) > 8
+    assert max(documents) <= traced[".act/documents.json"].begun
+
+
+TORN = {
+    "not synced": (['2.0 rename("/s/a.__lock", "/s/a") = 0 <0.1>'], "was renamed before it was synced"),
+    "synced too late": (
+        ["1.0 fsync(3</s/a.__lock>) = 0 <5.0>", '2.0 rename("/s/a.__lock", "/s/a") = 0 <0.1>'],
+        "was renamed before it was synced",
+    ),
+    "folder not synced": (
+        [
+            "1.0 fsync(3</s/a.__lock>) = 0 <0.1>",
+            '2.0 renameat(4, "/s/a.__lock", 4, "/s/a") = 0 <0.1>',
+            "2.05 fsync(4</s>) = 0 <0.1>",
+        ],
+        "the folder of /s/a was not synced after the rename",
+    ),
+}
+
+
+@pytest.mark.parametrize(("lines", "message"), TORN.values(), ids=TORN.keys())
+def test_the_trace_test_would_fire(lines, message):
+    with pytest.raises(AssertionError, match=message):
+        lives(lines, Path("/s"))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_at_the_marker_everything_else_is_there(tmp_path, monkeypatch, codec):
+    """The same without strace: when a marker begins to be written, its block reads back whole."""
+    contents = make_contents(dataclasses.replace(LAYOUT, codec=codec), documents=False)
+    path, real, seen = tmp_path / "x.acts.zarr", Root.write, []
+
+    def look(root, key, value):
+        if key.startswith(".act/commits/"):
+            block = int(key[-13:-5])
+            span = slice(*contents.layout.block_range(block))
+            for name, rows in contents.rows.items():
+                stored = raw_tensorstore(path, name)[..., span, :].read().result()
+                seen.append(np.array_equal(stored, rows[..., span, :]))
+            seen.append(raw_tensorstore(path, "valid")[span].read().result().all())
+        real(root, key, value)
+
+    monkeypatch.setattr(Root, "write", look)
+    contents.write(path, seal=False)
+    assert seen == [True] * 4 * (len(contents.rows) + 1)
+
+
+KILLED = """
+import os, signal, sys, time
+from stores import make_contents
+contents = make_contents()
+with contents.create(sys.argv[1], seal=True) as writer:
+    for number in range(contents.layout.blocks):
+        activations, columns = contents.block(number)
+        future = writer.write(number, activations, samples=columns)
+        if number == int(sys.argv[2]):
+            time.sleep(float(sys.argv[3]))
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("block", "seconds"), [(1, 0.0), (3, 0.003)], ids=["early", "late"])
+def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, contents, finished, block, seconds):
+    path = tmp_path / "x.acts.zarr"
+    process = start(KILLED, path, block, seconds)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    with contents.create(path, seal=True) as writer:
+        missing = writer.missing()
+        assert missing
+        for number in missing:
+            activations, columns = contents.block(number)
+            writer.write(number, activations, samples=columns)
+    assert tree(path) == tree(finished)
+
+
+COMPANY = """
+import sys, time
+from pathlib import Path
+from stores import make_contents
+contents = make_contents()
+me, others = Path(sys.argv[2]), [Path(name) for name in sys.argv[3].split(",")]
+me.touch()
+while not all(other.exists() for other in others):
+    time.sleep(0.001)
+contents.write(sys.argv[1], blocks=map(int, sys.argv[4].split(",")), seal=False)
+"""
+
+
+def test_two_processes_write_one_store(tmp_path, contents, finished):
+    """Both begin at once, and both write every block, in opposite orders."""
+    path, marks = tmp_path / "x.acts.zarr", [tmp_path / "one", tmp_path / "two"]
+    orders = ["0,1,2,3", "3,2,1,0"]
+    both = ",".join(map(str, marks))
+    for process in [start(COMPANY, path, mark, both, order) for mark, order in zip(marks, orders, strict=True)]:
+        finish(process)
+    assert contents.create(path).missing() == []
+    contents.write(path, blocks=[])
+    assert tree(path) == tree(finished)
+    rows = actstore.open(path).dataset(raw=True).resid_post.values
+    np.testing.assert_array_equal(rows, contents.rows["resid_post"])
