@@ -1,6 +1,6 @@
 """extract: runs a language model over documents and stores its activations.
 
-`load_model`, `make_plan` and `run` are the whole path; JAX is imported when the first of them is used.
+`open_documents`, `make_plan` and `run` are the whole path; JAX is imported when the first of them is used.
 """
 
 from importlib import import_module
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from extract.documents import Document, open_documents
     from extract.loop import Progress, run
+    from extract.named import model_folder
     from extract.plan import ExtractPlan, load_model, make_plan
 
 _WHERE = {
@@ -17,10 +18,11 @@ _WHERE = {
     "Progress": "extract.loop",
     "load_model": "extract.plan",
     "make_plan": "extract.plan",
+    "model_folder": "extract.named",
     "open_documents": "extract.documents",
     "run": "extract.loop",
 }
-__all__ = ["Document", "ExtractPlan", "Progress", "load_model", "make_plan", "open_documents", "run"]
+__all__ = ["Document", "ExtractPlan", "Progress", "load_model", "make_plan", "model_folder", "open_documents", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,12 +10,11 @@ from actstore.cli import JsonOption
 from actstore.errors import InputError
 from actstore.terminal import Work, human_bytes
 from extract.console import run_with_progress
+from extract.named import NAMED_MODELS, model_folder
 
 if TYPE_CHECKING:
     from extract.loop import Progress
     from extract.plan import ExtractPlan
-
-NAMED_MODELS = {"tiny-qwen2": "4 layers, comes with actstore", "smollm2": "SmolLM2-135M-Instruct, fetched once"}
 
 ModelOption = Annotated[str, typer.Option("--model", help="HuggingFace folder, or one of: " + ", ".join(NAMED_MODELS))]
 DocumentsOption = Annotated[
@@ -103,28 +102,17 @@ def demo(
     """Text to activations to a trained SAE, on a real model: the whole path in a few minutes."""
     from extract.demo.path import run_demo
 
-    run_demo(folder, model=model_folder, name=model, tokens=tokens, steps=steps, say=typer.echo)
+    run_demo(folder, model=folder_of, name=model, tokens=tokens, steps=steps, say=typer.echo)
 
 
-def model_folder(name: str) -> Path:
-    """The folder of a model: a path, or one of the models that need no hub.
+def folder_of(model: str) -> Path:
+    """The folder of a model, with progress where it has to be fetched first.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: it cannot be fetched.
     """
-    from extract.demo.smollm2 import smollm2_folder
-
-    if name == "tiny-qwen2" and not Path(name).exists():
-        return tiny_folder()
-    if name == "smollm2" and not Path(name).exists():
-        with Work("convert SmolLM2-135M-Instruct", unit="steps") as work:
-            return smollm2_folder(progress=lambda label, done, total: work.update(done, total, label))
-    return Path(name)
-
-
-def tiny_folder() -> Path:
-    """The folder of the tiny trained model that comes with this package."""
-    return Path(__file__).parent / "demo" / "tiny-qwen2"
+    with Work("convert SmolLM2-135M-Instruct", unit="steps") as work:
+        return model_folder(model, progress=lambda label, done, total: work.update(done, total, label))
 
 
 def _plan(
@@ -139,7 +127,7 @@ def _plan(
     from extract.plan import make_plan
 
     numbers = None if layers is None else [_layer(part) for part in layers.split(",")]
-    folder = model_folder(model)
+    folder = folder_of(model)
     texts = open_documents(documents, limit=limit)
     with Work("tokenise", unit="documents") as work:
         return make_plan(

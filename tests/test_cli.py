@@ -15,7 +15,6 @@ import pytest
 import xarray as xr
 
 from actstore import cli
-from extract.cli import tiny_folder
 
 SMALL = ["--model", "tiny-qwen2", "--documents", "python-docs", "--limit", "12", "--layers", "1,3", "--context", "128"]
 
@@ -137,7 +136,7 @@ def folder_without_config(tmp_path: Path) -> list[str]:
 
 def unsupported_family(tmp_path: Path) -> list[str]:
     (tmp_path / "model").mkdir()
-    config = json.loads((tiny_folder() / "config.json").read_text()) | {"model_type": "mamba"}
+    config = json.loads((TINY / "config.json").read_text()) | {"model_type": "mamba"}
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     return ["--model", str(tmp_path / "model")]
 
@@ -248,6 +247,9 @@ HOG = """
 import sys, threading, time
 from pathlib import Path
 from actstore import cli
+from extract.named import model_folder
+
+TINY = model_folder("tiny-qwen2")
 hog, url = Path(sys.argv[1]), Path(sys.argv[3])
 def fill():  # takes the rest of the disk when two blocks are committed
     while len(list((url / ".act/commits").glob("*.json"))) < 2:

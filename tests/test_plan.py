@@ -8,20 +8,22 @@ import pytest
 
 import extract
 from actstore.errors import InputError
-from extract.cli import tiny_folder
 from extract.documents import Document
 from extract.models import Model
+from extract.named import model_folder
+
+TINY = model_folder("tiny-qwen2")
 
 DOCUMENTS = [Document(f"d{i}", f"The statement number {i} is a simple one. " * (i + 1), {}, f"t:{i}") for i in range(9)]
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return extract.load_model(tiny_folder())
+    return extract.load_model(TINY)
 
 
 def plan(model: Model, **settings: Any) -> extract.ExtractPlan:
-    return extract.make_plan(tiny_folder(), settings.pop("documents", DOCUMENTS), model=model, **settings)
+    return extract.make_plan(TINY, settings.pop("documents", DOCUMENTS), model=model, **settings)
 
 
 def test_the_numbers_fit_together(model: Model) -> None:
@@ -70,7 +72,7 @@ def test_whatever_decides_the_bytes_changes_the_fingerprint(model: Model, change
 def test_a_plan_holds_no_path_and_no_time(model: Model, tmp_path: Path) -> None:
     text = plan(model).store.to_json().decode()
     assert str(Path.cwd()) not in text
-    assert str(tiny_folder().parent) not in text
+    assert str(TINY.parent) not in text
     assert "2026" not in text.replace(plan(model).store.fingerprint, "")[:200]
 
 

@@ -16,9 +16,11 @@ import xarray as xr
 import actstore
 import extract
 from actstore.errors import InputError, PlanMismatchError
-from extract.cli import tiny_folder
 from extract.documents import Document
 from extract.models import Model
+from extract.named import model_folder
+
+TINY = model_folder("tiny-qwen2")
 
 LINES = [
     "The assert statement is a convenient way to insert debugging assertions into a program.",
@@ -32,12 +34,12 @@ SITES = ("resid_post", "resid_mid", "mlp_post", "final_norm")
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return extract.load_model(tiny_folder())
+    return extract.load_model(TINY)
 
 
 def make_plan(model: Model, **settings: Any) -> extract.ExtractPlan:
     defaults: dict[str, Any] = {"context": 64, "batch": 4, "block_samples": 256}
-    return extract.make_plan(tiny_folder(), DOCUMENTS, model=model, **(defaults | settings))
+    return extract.make_plan(TINY, DOCUMENTS, model=model, **(defaults | settings))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -88,7 +90,7 @@ def test_stored_rows_match_torch_document_by_document(model: Model, tmp_path: Pa
     torch = pytest.importorskip("torch", reason="NOT CHECKED against torch: it is not installed")
     from transformers import Qwen2ForCausalLM
 
-    reference = Qwen2ForCausalLM.from_pretrained(tiny_folder(), dtype=torch.float32).eval()
+    reference = Qwen2ForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     plan = make_plan(model, context=1024, layers=[0, 1, 2], dtype="float32")
     extract.run(plan, str(tmp_path / "x.acts.zarr"))
     dataset = actstore.open(tmp_path / "x.acts.zarr").dataset()
@@ -119,9 +121,7 @@ def test_coordinates_and_text_belong_to_the_rows(model: Model, tmp_path: Path) -
         assert shown.before + shown.token + shown.after in DOCUMENTS[document].text
     assert store.documents.strings("id", np.array([3, 0])) == ["d3", "d0"]
     assert store.documents.numbers("number", np.array([3, 0])).tolist() == [3, 0]
-    assert (tmp_path / "x.acts.zarr/assets/tokenizer.json").read_bytes() == (
-        tiny_folder() / "tokenizer.json"
-    ).read_bytes()
+    assert (tmp_path / "x.acts.zarr/assets/tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
 
 def test_running_again_computes_nothing(model: Model, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import tokenizers
 
 from actstore.errors import InputError
 from extract import tokens
-from extract.cli import tiny_folder
 from extract.documents import Document
+from extract.named import model_folder
+
+TINY = model_folder("tiny-qwen2")
 
 TEXTS = {
     "ascii": "def f(x):\n    return x + 1\n",
@@ -23,7 +25,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> tokens.Tokenizer:
-    return tokens.load_tokenizer(tiny_folder())
+    return tokens.load_tokenizer(TINY)
 
 
 def documents(texts: dict[str, str], **columns: object) -> list[Document]:
@@ -31,7 +33,7 @@ def documents(texts: dict[str, str], **columns: object) -> list[Document]:
 
 
 def test_ids_are_those_of_the_tokenizer(tokenizer: tokens.Tokenizer) -> None:
-    plain = tokenizers.Tokenizer.from_file(str(tiny_folder() / "tokenizer.json"))
+    plain = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
     table = tokens.tokenise(documents(TEXTS), tokenizer)
     expected = [plain.encode(text, add_special_tokens=False).ids for text in TEXTS.values()]
     assert table.token_id.tolist() == [token for ids in expected for token in ids]
@@ -87,6 +89,6 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
-    shutil.copy(tiny_folder() / "config.json", tmp_path / "tokenizer.json")
+    shutil.copy(TINY / "config.json", tmp_path / "tokenizer.json")
     with pytest.raises(InputError, match=r"tokenizer.json is not a tokenizer \("):
         tokens.load_tokenizer(tmp_path)

@@ -4,10 +4,10 @@ import statistics
 import time
 from pathlib import Path
 
-from extract.cli import model_folder
 from extract.demo.path import choose_documents
 from extract.documents import open_documents
 from extract.loop import Progress, forward_steps, run
+from extract.named import model_folder
 from extract.plan import ExtractPlan, make_plan
 from tests.benchmarks.timing import remove
 
