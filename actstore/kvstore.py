@@ -47,6 +47,7 @@ _STATUS: list[tuple[str, type[StoreError], str]] = [
     ("DATA_LOSS", CorruptStoreError, "run `actstore verify`"),
     ("OUT_OF_RANGE", CorruptStoreError, "run `actstore verify`"),
     ("Requested byte range", CorruptStoreError, "run `actstore verify`"),  # an object shorter than its index
+    ("Not enough data", CorruptStoreError, "run `actstore verify`"),  # an empty object
     ("NOT_FOUND", CorruptStoreError, "run `actstore verify`"),
     ("DEADLINE_EXCEEDED", StorageError, "the storage is too slow or gone: run the same command again later"),
     ("UNAVAILABLE", StorageError, "the storage is not reachable: run the same command again later"),
