@@ -32,7 +32,7 @@ LAYOUT = Layout(SITES, samples=53, block_samples=16, chunk_samples=4, columns=CO
 PROVENANCE = {"model": {"name": "made-up"}, "numbers": [1, 2.5, None, True], "nested": {"a": {"b": "c"}}}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Contents:
     """All values of a store, in memory."""
 
@@ -41,6 +41,9 @@ class Contents:
     columns: dict[str, np.ndarray]
     documents: DocumentTable | None = None
     provenance: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(PROVENANCE))
+
+    def __repr__(self) -> str:
+        return f"Contents({self.layout.samples} samples of {', '.join(self.rows)})"
 
     @property
     def plan(self) -> Plan:

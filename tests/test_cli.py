@@ -15,6 +15,7 @@ import pytest
 import xarray as xr
 
 from actstore import cli
+from extract.named import model_folder
 
 TINY = model_folder("tiny-qwen2")
 SMALL = ["--model", "tiny-qwen2", "--documents", "python-docs", "--limit", "12", "--layers", "1,3", "--context", "128"]
@@ -248,7 +249,6 @@ HOG = """
 import sys, threading, time
 from pathlib import Path
 from actstore import cli
-from extract.named import model_folder
 hog, url = Path(sys.argv[1]), Path(sys.argv[3])
 def fill():  # takes the rest of the disk when two blocks are committed
     while len(list((url / ".act/commits").glob("*.json"))) < 2:

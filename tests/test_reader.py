@@ -20,6 +20,7 @@ from actstore.errors import CorruptStoreError, StoreNotFoundError, UnfinishedSto
 from actstore.reader import ActstoreBackend
 
 SITES = [site.name for site in LAYOUT.sites]
+RESID = make_contents().rows["resid_post"]
 OPENERS = {
     "engine": lambda path: xr.open_dataset(path, engine="actstore"),
     "engine, raw": lambda path: xr.open_dataset(path, engine="actstore", raw=True),
@@ -37,9 +38,9 @@ def in_memory(contents, name):
 
 
 def as_memory(array):
-    """An array of a store with the dimension names of `in_memory`, in float32."""
+    """An array of a store with the dimension names of `in_memory`; nothing is read."""
     dims = ["layer", "sample", "hidden"][-array.ndim :]
-    return array.drop_vars(list(array.coords)).rename(dict(zip(array.dims, dims, strict=True))).astype(np.float32)
+    return array.drop_vars(list(array.coords)).rename(dict(zip(array.dims, dims, strict=True)))
 
 
 def points(*values):
@@ -53,7 +54,6 @@ INDEXINGS = {
     "step over the end": {"sample": slice(5, 1000, 3)},
     "backwards": {"sample": slice(None, None, -1)},
     "backwards by three": {"sample": slice(50, 2, -3), "hidden": slice(None, None, -2)},
-    "backwards, nothing left": {"sample": slice(2, 50, -1)},
     "from the end": {"sample": slice(-9, -2)},
     "empty slice": {"sample": slice(7, 7)},
     "slice past the end": {"sample": slice(100, 200)},
@@ -92,26 +92,33 @@ def test_every_indexing_gives_what_numpy_gives(finished, contents, how, name):
     stored, expected = as_memory(OPENERS[how](finished)[name]), in_memory(contents, name)
     indexings = INDEXINGS | (LAYERED if name in ("resid_post", "mlp_out") else {})
     for case, index in indexings.items():
-        np.testing.assert_array_equal(stored.isel(index), expected.isel(index), err_msg=case, strict=True)
+        found, wanted = stored.isel(index).load(), expected.isel(index)
+        assert found.dims == wanted.dims, case
+        np.testing.assert_array_equal(found.values.astype(np.float32), wanted.values, err_msg=case, strict=True)
 
 
 @pytest.mark.parametrize("how", OPENERS)
 def test_indexing_in_steps_gives_what_numpy_gives(finished, contents, how):
     stored, expected = as_memory(OPENERS[how](finished).resid_post), in_memory(contents, "resid_post")
+    assert not stored.variable._in_memory
     for first, then in [
         ({"sample": slice(10, 50, 3)}, {"sample": [5, 0, 5]}),
         ({"sample": [40, 3, 17]}, {"sample": slice(None, None, -1)}),
         ({"layer": [2, 1]}, {"layer": -1, "sample": slice(-3, None)}),
         ({"sample": slice(None, None, -1)}, {"sample": points(0, 52), "hidden": points(1, 2)}),
     ]:
-        xr.testing.assert_equal(stored.isel(first).isel(then).load(), expected.isel(first).isel(then))
+        found = stored.isel(first).isel(then).load().astype(np.float32)
+        xr.testing.assert_equal(found, expected.isel(first).isel(then))
 
 
 @st.composite
 def selections(draw, size):
     number = st.integers(-size, size - 1)
+    slices = st.slices(size).filter(
+        lambda index: (index.step or 1) > 0 or len(range(size)[index])
+    )  # xarray raises there
     return draw(
-        st.slices(size)
+        slices
         | number
         | st.lists(number, max_size=9).map(lambda values: np.array(values, int))
         | st.lists(st.booleans(), min_size=size, max_size=size).map(np.array)
@@ -120,9 +127,9 @@ def selections(draw, size):
 
 @given(layer=selections(3), sample=selections(53), hidden=selections(6))
 @settings(max_examples=60)
-def test_any_outer_indexing_gives_what_numpy_gives(finished, contents, layer, sample, hidden):
+def test_any_outer_indexing_gives_what_numpy_gives(finished, layer, sample, hidden):
     """One axis after the other, with NumPy: outer indexing by its definition."""
-    expected = contents.rows["resid_post"].astype(np.float32)
+    expected = RESID.astype(np.float32)
     for axis, index in [(2, hidden), (1, sample), (0, layer)]:
         expected = expected[(slice(None),) * axis + (index,)]
     dataset = actstore.open(finished).dataset()
