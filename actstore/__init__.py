@@ -1,17 +1,37 @@
 """actstore: an activation dataset store.
 
-Reads and writes sharded Zarr v3 stores of language-model activations. Importing it imports no machine-learning library.
+Reads and writes sharded Zarr v3 stores of language-model activations. Importing it imports no machine-learning library,
+and the libraries it needs only when one of its names is first used.
 """
 
-from actstore.api import Store, TokenInContext, create, open  # noqa: A004  reads as `actstore.open`
-from actstore.batches import Batch, Batches
-from actstore.errors import ActstoreError
-from actstore.layout import Column, Layout, Site
-from actstore.schema import Plan
-from actstore.table import DocumentTable
-from actstore.writer import Writer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actstore.api import Store, TokenInContext, create, open  # noqa: A004  reads as `actstore.open`
+    from actstore.batches import Batch, Batches
+    from actstore.errors import ActstoreError
+    from actstore.layout import Column, Layout, Site
+    from actstore.schema import Plan
+    from actstore.table import DocumentTable
+    from actstore.writer import Writer
 
 __version__ = "0.1.0"
+_WHERE = {
+    "ActstoreError": "errors",
+    "Batch": "batches",
+    "Batches": "batches",
+    "Column": "layout",
+    "DocumentTable": "table",
+    "Layout": "layout",
+    "Plan": "schema",
+    "Site": "layout",
+    "Store": "api",
+    "TokenInContext": "api",
+    "Writer": "writer",
+    "create": "api",
+    "open": "api",
+}
 __all__ = [
     "ActstoreError",
     "Batch",
@@ -27,3 +47,10 @@ __all__ = [
     "create",
     "open",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: zarr imports `actstore.bfloat16` in programs that only use zarr."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'actstore' has no attribute {name!r}")
+    return getattr(import_module(f"actstore.{_WHERE[name]}"), name)

@@ -68,7 +68,7 @@ class Batches:
     ) -> None:
         where = plan.layout.site(site)
         index = where.layer_index(layer)
-        _check(plan.layout, batch_size, epochs, window_bytes, drop_remainder=drop_remainder)
+        _check(plan.layout, batch_size, seed, epochs, window_bytes, drop_remainder=drop_remainder)
         array = root.open_array(site, array_metadata(plan, complete=True)[site])
         self._array = array if where.layers is None else array[index]
         self._dtype = self._array.dtype.numpy_dtype
@@ -208,10 +208,14 @@ class Batches:
         return ts.array(target).write(source)
 
 
-def _check(layout: Layout, batch_size: int, epochs: int | None, window_bytes: int, *, drop_remainder: bool) -> None:
+def _check(
+    layout: Layout, batch_size: int, seed: int, epochs: int | None, window_bytes: int, *, drop_remainder: bool
+) -> None:
     """Refuses settings that cannot give a batch."""
     if batch_size < 1 or window_bytes < 1:
         raise InputError(f"batch_size {batch_size} and window_bytes {window_bytes} must be positive")
+    if seed < 0:
+        raise InputError(f"seed is {seed}; expected a number >= 0")
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs is {epochs}; expected a positive number, or None for endless batches")
     if drop_remainder and batch_size > layout.samples:

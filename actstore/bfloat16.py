@@ -1,9 +1,10 @@
 """bfloat16 for zarr-python: with this data type registered, plain `xr.open_zarr` opens a store.
 
-zarr-python knows no bfloat16 of its own. Its entry-point group `zarr.data_type` names this class, and `register` is
-called when `actstore` or its xarray engine is imported, because zarr 3.1 does not load entry points when it reads.
-(xarray imports every engine before it opens anything, so `xr.open_zarr` needs no import of `actstore`.)
-In metadata the type is the string `bfloat16`, as in TensorStore and the zarr-extensions registry.
+zarr-python knows no bfloat16 of its own. In metadata the type is the string `bfloat16`, as in TensorStore and the
+zarr-extensions registry. Newer versions of zarr find this class through the entry-point group `zarr.data_type`. zarr 3.1
+collects that group and never loads it; what it does load, before it reads anything, is the group `zarr.buffer`. There
+this package names zarr's own `Buffer`, which changes nothing but imports this module, and the module registers the
+type. So no program has to import `actstore` to read a store.
 """
 
 import dataclasses
@@ -11,10 +12,12 @@ from typing import Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
+from zarr.core.buffer.cpu import Buffer
 from zarr.core.dtype.common import DataTypeValidationError
 from zarr.core.dtype.npy.float import BaseFloat
 from zarr.dtype import data_type_registry
 
+__all__ = ["BFloat16", "Buffer", "register"]
 NATIVE = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -54,3 +57,6 @@ class BFloat16(BaseFloat[Any, Any]):
 def register() -> None:
     """Makes zarr-python in this process read and write bfloat16. Harmless when called again."""
     data_type_registry.register("bfloat16", BFloat16)
+
+
+register()

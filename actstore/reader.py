@@ -11,15 +11,12 @@ from jaxtyping import Shaped
 from xarray.backends import BackendArray, BackendEntrypoint
 from xarray.core import indexing
 
-from actstore import bfloat16
 from actstore.errors import UnfinishedStoreError
 from actstore.kvstore import SUFFIX, Root, storage_errors
 from actstore.ledger import committed_blocks, read_plan, read_status
 from actstore.metadata import array_metadata, group_metadata
 from actstore.moments import to_float32
 from actstore.schema import Plan
-
-bfloat16.register()  # xarray imports this module before it opens anything: plain `xr.open_zarr` works as well
 
 
 class LazyArray(BackendArray):
