@@ -137,7 +137,7 @@ class Store:
 
         Raises:
             UnknownNameError: the store was made without documents.
-            InputError: a row does not exist.
+            InputError: a row does not exist, or its document or position does not.
         """
         wanted = np.atleast_1d(np.asarray(rows, np.int64))
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.samples):
@@ -151,6 +151,8 @@ class Store:
                 text = stored.strings("text", np.array([document]))[0].encode()
                 found = {int(document): (text, stored.tokens(int(document))[1])}  # rows come in runs of one document
             text, spans = found[int(document)]
+            if not 0 <= position < len(spans):
+                raise InputError(f"a sample is token {position} of document {document}, which has {len(spans)} tokens")
             shown.append(_in_context(text, spans, int(position), window))
         return shown
 

@@ -1,10 +1,10 @@
 """bfloat16 for zarr-python: with this data type registered, plain `xr.open_zarr` opens a store.
 
 zarr-python knows no bfloat16 of its own. In metadata the type is the string `bfloat16`, as in TensorStore and the
-zarr-extensions registry. Newer versions of zarr find this class through the entry-point group `zarr.data_type`. zarr 3.1
-collects that group and never loads it; what it does load, before it reads anything, is the group `zarr.buffer`. There
-this package names zarr's own `Buffer`, which changes nothing but imports this module, and the module registers the
-type. So no program has to import `actstore` to read a store.
+zarr-extensions registry. Newer versions of zarr find this class through the entry-point group `zarr.data_type`. zarr
+3.1 collects that group and never loads it; what it does load, before it reads anything, is the group `zarr.buffer`.
+There this package names zarr's own `Buffer`, which changes nothing but imports this module, and the module registers
+the type. So no program has to import `actstore` to read a store.
 """
 
 import dataclasses

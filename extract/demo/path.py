@@ -120,7 +120,8 @@ def _show_readers(store: actstore.Store, layer: int, say: Say) -> None:
     plain = xr.open_zarr(store.url, chunks=None).resid_post.sel(layer=layer).isel(sample=rows).values
     if not (np.array_equal(ours, engine) and np.array_equal(ours, plain.astype(np.float32))):
         raise CorruptStoreError(f"{store.url} reads differently in xarray; run `make test` and report what it says")
-    say(f"   {len(rows)} rows of layer {layer} compared, equal; {store.dataset().resid_post.sizes}")
+    sizes = " x ".join(f"{axis} {size:,}" for axis, size in store.dataset().resid_post.sizes.items())
+    say(f"   {len(rows)} rows of layer {layer} compared, equal; resid_post is {sizes}")
 
 
 def _train(store: actstore.Store, layer: int, steps: int, say: Say) -> TrainedSAE:
