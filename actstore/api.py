@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Int
+from jaxtyping import Int, Int64
 
 from actstore.batches import WINDOW_BYTES, Batches
 from actstore.errors import InputError, UnknownNameError
@@ -122,13 +122,15 @@ class Store:
 
         Raises:
             UnknownNameError: no such column.
+            InputError: a row does not exist.
         """
+        wanted = self._existing(rows)
         names = [column.name for column in self.plan.layout.columns]
         if name not in names:
             raise UnknownNameError(f"column {name!r} is not in this store; it holds {', '.join(names) or 'none'}")
         array = self._root.open_array(name, array_metadata(self.plan, complete=True)[name])
         with storage_errors(f"read {name} of {self.url}"):
-            return np.asarray(array.oindex[np.asarray(rows, np.int64)].read().result())
+            return np.asarray(array.oindex[wanted].read().result())
 
     def text(self, rows: Sequence[int] | Int[np.ndarray, " n"], *, window: int = 16) -> list[TokenInContext]:
         """Each row's token with up to `window` tokens before and after it, from the stored texts: no tokenizer needed.
@@ -139,9 +141,7 @@ class Store:
             UnknownNameError: the store was made without documents.
             InputError: a row does not exist, or its document or position does not.
         """
-        wanted = np.atleast_1d(np.asarray(rows, np.int64))
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.samples):
-            raise InputError(f"rows {wanted.min()} to {wanted.max()} asked for; this store has 0 to {self.samples - 1}")
+        wanted = self._existing(rows)
         stored = self.documents
         places = zip(self.column("document", wanted), self.column("position", wanted), strict=True)
         found: dict[int, tuple[bytes, np.ndarray]] = {}
@@ -155,6 +155,12 @@ class Store:
                 raise InputError(f"a sample is token {position} of document {document}, which has {len(spans)} tokens")
             shown.append(_in_context(text, spans, int(position), window))
         return shown
+
+    def _existing(self, rows: Sequence[int] | Int[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.samples):
+            raise InputError(f"rows {wanted.min()} to {wanted.max()} asked for; this store has 0 to {self.samples - 1}")
+        return wanted
 
 
 def open(url: str | os.PathLike[str], *, partial: bool = False) -> Store:  # noqa: A001  reads as `actstore.open`

@@ -15,6 +15,7 @@ import typer
 
 import actstore
 from actstore.errors import ActstoreError, CorruptStoreError, InputError
+from actstore.garbage import find_garbage, remove_garbage
 from actstore.kvstore import Root
 from actstore.repair import repair as repair_store
 from actstore.terminal import Work, human_bytes
@@ -126,6 +127,26 @@ def repair(store: StoreArgument, as_json: JsonOption = False) -> None:
         return
     typer.echo(f"{_report_text(report)}\nblocks to write again: {', '.join(map(str, taken.blocks)) or 'none'}")
     typer.echo("run the command that wrote the store again: it writes just what is missing")
+
+
+@app.command(epilog="Example: actstore gc run.acts.zarr --delete")
+def gc(
+    store: StoreArgument,
+    delete: Annotated[bool, typer.Option("--delete", help="remove what is found, not only show it")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the leftovers of writers that died; living writers are left alone, so a run may go on meanwhile."""
+    root = Root.of(actstore.open(store, partial=True).url)
+    garbage = find_garbage(root)
+    if delete:
+        remove_garbage(root, garbage)
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(garbage), "deleted": delete}))
+        return
+    did = "removed" if delete else "can be removed with --delete"
+    typer.echo(f"{store}: {len(garbage.dead)} leftovers {did}, {len(garbage.held)} files are being written")
+    for key in garbage.dead:
+        typer.echo(f"  {key}")
 
 
 def describe(store: actstore.Store) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import tensorstore as ts
 
-from actstore.durable import write_durably
+from actstore.durable import LOCK_SUFFIX, lock_files, write_durably
 from actstore.errors import (
     ActstoreError,
     CorruptStoreError,
@@ -110,10 +110,20 @@ class Root:
             found = self._call(f"read {key}", lambda kv: kv.read(key))
         return bytes(found.value)
 
-    def list(self, prefix: str) -> list[str]:
+    def keys(self, prefix: str) -> list[str]:
         """Keys that start with `prefix`, sorted."""
         keys = self._call(f"list {prefix}", lambda kv: kv.list(ts.KvStore.KeyRange(prefix, _after(prefix))))
         return sorted(key.decode() for key in keys)
+
+    def lock_files(self) -> list[tuple[str, bool]]:
+        """Keys of the lock files below the store, and whether a living writer holds each."""
+        with storage_errors(f"look for lock files of {self.url}"):
+            return [(str(path.relative_to(self.path)), held) for path, held in lock_files(self.path)]
+
+    def remove_lock_file(self, key: str) -> None:
+        """Removes a lock file that `lock_files` named."""
+        with storage_errors(f"remove {key} of {self.url}"):
+            (self.path / key).unlink(missing_ok=True)
 
     def delete(self, key: str) -> None:
         """Removes the object under `key`, if there is one."""
@@ -202,7 +212,7 @@ def _reason(text: str) -> str:
     paths = re.findall(rf'{re.escape(SUFFIX)}/([^"\\]+)"', text)
     cause = re.split(r'": |(?<=[a-z]): (?=[A-Z])|^[A-Z_]+: ', text)[-1]
     cause = re.sub(r"^chunk .* is missing$", "missing object", cause)
-    return cause + (f" at {paths[-1].removesuffix('.__lock')}" if paths else "")
+    return cause + (f" at {paths[-1].removesuffix(LOCK_SUFFIX)}" if paths else "")
 
 
 def _after(prefix: str) -> str:

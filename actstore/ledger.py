@@ -91,7 +91,7 @@ def marker_key(block: int) -> str:
 
 def committed_blocks(root: Root) -> set[int]:
     """Blocks that have a marker: one listing, whose cost grows with the number of blocks."""
-    names = (key.removeprefix(MARKER_FOLDER).removesuffix(".json") for key in root.list(MARKER_FOLDER))
+    names = (key.removeprefix(MARKER_FOLDER).removesuffix(".json") for key in root.keys(MARKER_FOLDER))
     return {int(name) for name in names if name.isdigit()}
 
 

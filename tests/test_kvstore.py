@@ -78,18 +78,18 @@ def test_list_gives_what_is_under_a_prefix(root):
         if name != "c":  # a file and a folder cannot share a name
             root.write(name, b"")
     found = [str(path.relative_to(root.path)) for path in root.path.rglob("*") if path.is_file()]
-    assert root.list("") == sorted(found)
-    assert root.list("c/") == sorted(name for name in found if name.startswith("c/"))
-    assert root.list("c/1") == ["c/1", "c/10"]
-    assert root.list("x/") == []
+    assert root.keys("") == sorted(found)
+    assert root.keys("c/") == sorted(name for name in found if name.startswith("c/"))
+    assert root.keys("c/1") == ["c/1", "c/10"]
+    assert root.keys("x/") == []
 
 
 def test_nothing_is_there_before_the_first_write(root):
-    assert root.list("") == []
+    assert root.keys("") == []
     assert root.read("zarr.json") is None
     assert not root.path.exists()
     root.delete("zarr.json")
-    assert root.list("") == []
+    assert root.keys("") == []
 
 
 def test_delete_removes_one_object(root):
@@ -97,7 +97,7 @@ def test_delete_removes_one_object(root):
     root.write("b", b"2")
     root.delete("a")
     root.delete("a")
-    assert root.list("") == ["b"]
+    assert root.keys("") == ["b"]
 
 
 def test_create_keeps_what_is_there(root):
@@ -160,7 +160,7 @@ def test_odd_names_work(tmp_path, contents, name):
     root = Root.of(tmp_path / name)
     root.write("a", b"1")
     assert (tmp_path / name / "a").read_bytes() == b"1"
-    assert root.list("") == ["a"]
+    assert root.keys("") == ["a"]
     root.open_array("layer", array_metadata(contents.plan, complete=True)["layer"]).write([2, 5, 11]).result()
     assert (tmp_path / name / "layer" / "c" / "0").is_file()
 

@@ -197,7 +197,7 @@ def test_assets_of_another_plan_are_refused(root, assets):
         InputError, match=r"assets: found \[.*\], the plan has others \(\['config.json'\]\); plan again"
     ):
         write_assets(root, plan, assets)
-    assert root.list("") == []
+    assert root.keys("") == []
 
 
 # Seal
