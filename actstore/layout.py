@@ -23,6 +23,10 @@ ITEM_BYTES: dict[str, int] = {
 SHARD_BYTES = 128 << 20  # fewer objects than that cost requests, more cost memory: all shards of a block are in memory
 CHUNK_BYTES = 512 << 10  # small enough to shuffle well, large enough to stream: docs/explanation/layout.md
 MAX_SHARD_BYTES = 1 << 30  # TensorStore has no multipart upload
+MAX_CHUNK_BYTES = 64 << 20  # what one read decodes at least; a hostile store may not ask for more memory than that
+MAX_SAMPLES, MAX_BLOCKS, MAX_BLOCK_SAMPLES = 1 << 40, 10_000_000, 1 << 26
+MAX_WIDTH = 1 << 20
+MAX_SITES, MAX_LAYERS, MAX_COLUMNS = 256, 1024, 256
 RESERVED = frozenset({"layer", "sample", "hidden", "valid", "documents", "stats", "assets"})
 
 
@@ -58,11 +62,13 @@ class Site:
             raise InputError(
                 f"site {self.name!r} has dtype {self.dtype!r}; expected one of {', '.join(get_args(ActivationDType))}"
             )
-        if self.width < 1:
-            raise InputError(f"site {self.name!r} has width {self.width}; expected a positive number of values per row")
+        if not 1 <= self.width <= MAX_WIDTH:
+            raise InputError(f"site {self.name!r} has width {self.width}; expected 1 to {MAX_WIDTH:,} values")
         if self.layers is not None:
             if not self.layers:
                 raise InputError(f"site {self.name!r} has no layers; name at least one, or None for a layerless site")
+            if len(self.layers) > MAX_LAYERS or max(self.layers) >= 1 << 31:
+                raise InputError(f"site {self.name!r} has {len(self.layers):,} layers; expected at most {MAX_LAYERS:,}")
             if len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
                 raise InputError(f"site {self.name!r} has layers {list(self.layers)}; expected distinct numbers >= 0")
 
@@ -133,8 +139,11 @@ class Layout:
 
     def __post_init__(self) -> None:
         """Checks everything that later arithmetic relies on."""
-        if not self.sites:
-            raise InputError("a layout needs at least one site, found none")
+        if not 1 <= len(self.sites) <= MAX_SITES or len(self.columns) > MAX_COLUMNS:
+            raise InputError(
+                f"a layout needs 1 to {MAX_SITES} sites and at most {MAX_COLUMNS} columns, found {len(self.sites)} and "
+                f"{len(self.columns)}"
+            )
         names = [site.name for site in self.sites] + [norm_name(site.name) for site in self.sites]
         names += [column.name for column in self.columns]
         layered = [site for site in self.sites if site.layers is not None]
@@ -160,6 +169,21 @@ class Layout:
                 f"a shard of site {largest.name!r} would have {largest.row_bytes * self.block_samples:,} bytes, at "
                 f"most {MAX_SHARD_BYTES:,} can be written at once; use block_samples <= "
                 f"{MAX_SHARD_BYTES // largest.row_bytes}"
+            )
+        for size, what, most in [
+            (self.samples, "samples", MAX_SAMPLES), (self.block_samples, "block_samples", MAX_BLOCK_SAMPLES),
+        ]:  # fmt: skip
+            if size > most:
+                raise InputError(f"{what} is {size:,}; expected at most {most:,}")
+        if self.blocks > MAX_BLOCKS:
+            raise InputError(
+                f"{self.samples:,} samples in blocks of {self.block_samples:,} are {self.blocks:,} blocks, at most "
+                f"{MAX_BLOCKS:,} can be kept track of; use larger blocks"
+            )
+        if largest.row_bytes * self.chunk_samples > MAX_CHUNK_BYTES:
+            raise InputError(
+                f"a chunk of site {largest.name!r} would have {largest.row_bytes * self.chunk_samples:,} bytes, at "
+                f"most {MAX_CHUNK_BYTES:,} are read at once; use smaller chunks"
             )
 
     @classmethod
@@ -189,7 +213,7 @@ class Layout:
         chunk = _power_of_two(CHUNK_BYTES // widest)
         if block_samples is None:
             sample_bytes = sum(site.row_bytes * site.rows_per_sample for site in sites)
-            block_samples = _power_of_two(min(SHARD_BYTES // widest, memory_bytes // sample_bytes))
+            block_samples = _power_of_two(min(SHARD_BYTES // widest, memory_bytes // sample_bytes, MAX_BLOCK_SAMPLES))
             chunk = min(chunk, block_samples)
             whole = math.ceil(max(samples, 1) / chunk) * chunk  # a small store is one block, without much padding
             block_samples = min(block_samples, whole)

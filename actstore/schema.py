@@ -23,13 +23,14 @@ CONVENTION = {
     "uuid": "6f1c8a52-7a41-4a55-9c0d-0d2f3a7e5b10",
     "description": "Activation dataset: arrays [layer, sample, hidden] with integer coordinates on sample",
 }
-MAX_DOCUMENT_BYTES = 256 << 20  # a manifest of 100,000 blocks x 24 layers is about 100 MB
+MAX_DOCUMENT_BYTES = 16 << 20  # Python's objects take about 20 times as much; the manifest is compared, never parsed
 MAX_DEPTH = 32
 
 Document = TypeVar("Document", bound="StoredDocument")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 Digest = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 AssetName = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
+TableColumn = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 Fingerprint = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -69,10 +70,10 @@ class DocumentTableLayout(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    documents: Annotated[int, pydantic.Field(ge=1)]
-    tokens: Annotated[int, pydantic.Field(ge=0)]
-    numbers: dict[str, Literal["int64", "float64"]] = {}
-    strings: dict[str, Annotated[int, pydantic.Field(ge=0)]]
+    documents: Annotated[int, pydantic.Field(ge=1, le=1 << 40)]
+    tokens: Annotated[int, pydantic.Field(ge=0, le=1 << 44)]
+    numbers: dict[TableColumn, Literal["int64", "float64"]] = {}
+    strings: dict[TableColumn, Annotated[int, pydantic.Field(ge=0, le=1 << 44)]]
     """Bytes in all, of each string column; `id` and `text` are always there."""
 
 

@@ -30,6 +30,7 @@ from actstore.metadata import array_metadata, group_metadata
 from actstore.schema import Marker, Plan, Seal, TableMarker, canonical_json
 
 Depth = Literal["fast", "sample", "full"]
+MAX_ASSET_BYTES, MAX_MANIFEST_BYTES = 256 << 20, 4 << 30
 SHARDS_AT_ONCE = 2  # each is decoded whole: 128 MiB twice
 
 
@@ -192,7 +193,7 @@ def _metadata_findings(root: Root, plan: Plan, *, complete: bool) -> Iterator[Fi
         if found not in [canonical_json(spec) for spec in accepted]:
             yield Finding(key, "is missing" if found is None else "differs from what the plan says")
     for name, digest in plan.assets.items():
-        data = root.read(f"assets/{name}")
+        data = root.read(f"assets/{name}", most_bytes=MAX_ASSET_BYTES)
         if data is None or hashlib.sha256(data).hexdigest() != digest:
             yield Finding(f"assets/{name}", "is missing" if data is None else "differs from its digest in the plan")
     yield from _label_findings(root, plan)
@@ -219,7 +220,7 @@ def _label_findings(root: Root, plan: Plan) -> Iterator[Finding]:
 
 def _seal_findings(root: Root, plan: Plan) -> Iterator[Finding]:
     """Manifest and seal of a finished store."""
-    manifest, seal = root.read(MANIFEST_KEY), root.read(SEAL_KEY)
+    manifest, seal = root.read(MANIFEST_KEY, most_bytes=MAX_MANIFEST_BYTES), root.read(SEAL_KEY)
     if manifest is None or seal is None:
         yield Finding(MANIFEST_KEY if manifest is None else SEAL_KEY, "is missing: the store was not sealed to the end")
         return

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -227,28 +228,34 @@ def test_too_little_space_is_said_before_anything_is_written(root):
     assert not root.path.exists()
 
 
-def test_a_read_only_folder_is_refused_for_other_users(tmp_path):
-    """Root may write everywhere, so this asks as `nobody`."""
-    folder = tmp_path / "locked"
-    folder.mkdir(mode=0o555)
-    if os.geteuid() != 0:
-        with pytest.raises(StoragePermissionError, match="is read-only for this user"):
-            Root.of(folder / "x.acts.zarr").check_writable(0)
-        return
+def test_a_folder_that_may_not_be_written_is_refused():
+    """Root may write everywhere, so a process asks that has become `nobody`. One folder is not even searchable."""
     program = (
         "import os, sys\n"
         "from actstore.kvstore import Root\n"
-        "os.seteuid(65534)\n"
-        "os.access = lambda path, mode, real=os.access: real(path, mode, effective_ids=True)\n"
-        "Root.of(sys.argv[1]).check_writable(0)\n"
+        "if os.geteuid() == 0:\n"
+        "    os.setuid(65534)\n"
+        "for target in sys.argv[1:]:\n"
+        "    try:\n"
+        "        Root.of(target).check_writable(0)\n"
+        "    except Exception as error:\n"
+        "        print(type(error).__name__, error)\n"
     )
-    for parent in [tmp_path, *tmp_path.parents][:3]:
-        parent.chmod(0o755)
-    answer = subprocess.run(
-        [sys.executable, "-c", program, str(folder / "x.acts.zarr")], capture_output=True, text=True
-    )
-    assert "StoragePermissionError: cannot write" in answer.stderr
-    assert "is read-only for this user; choose a target that can be written" in answer.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        targets = []
+        for name, mode in [("readable", 0o555), ("closed", 0o000)]:
+            (Path(folder) / name).mkdir()
+            (Path(folder) / name).chmod(mode)
+            targets.append(Path(folder) / name / "x.acts.zarr")
+        answer = subprocess.run([sys.executable, "-c", program, *map(str, targets)], capture_output=True, text=True)
+        for target in targets:
+            target.parent.chmod(0o755)
+    assert answer.stdout.splitlines() == [
+        f"StoragePermissionError cannot write {target}: {target.parent} is read-only for this user; choose a target "
+        "that can be written"
+        for target in targets
+    ]  # fmt: skip
 
 
 # When the storage fails

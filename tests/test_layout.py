@@ -9,7 +9,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from actstore.errors import InputError, UnknownNameError
-from actstore.layout import CHUNK_BYTES, ITEM_BYTES, MAX_SHARD_BYTES, SHARD_BYTES, Column, Layout, Site, norm_name
+from actstore.layout import (
+    CHUNK_BYTES,
+    ITEM_BYTES,
+    MAX_BLOCKS,
+    MAX_SHARD_BYTES,
+    SHARD_BYTES,
+    Column,
+    Layout,
+    Site,
+    norm_name,
+)
 
 # Fields only: beartype looks at a random item of every tuple, and hypothesis forbids that inside strategies.
 LAYERS = st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=5, unique=True).map(tuple)
@@ -62,9 +72,11 @@ def test_item_bytes_are_those_of_numpy(dtype):
     assert np.dtype(dtype).itemsize == ITEM_BYTES[dtype]
 
 
-@given(site_fields(20_000), st.integers(1, 10**12), st.integers(1, 1 << 34))
+@given(site_fields(20_000), st.integers(1, 10**10), st.integers(1 << 20, 1 << 34))
 def test_a_fitted_layout_keeps_its_bounds(fields, samples, memory_bytes):
     sites = make_sites(fields)
+    row_bytes = sum(site.row_bytes * site.rows_per_sample for site in sites)
+    assume(samples < MAX_BLOCKS * max(min(memory_bytes, SHARD_BYTES) // row_bytes // 2, 1))
     layout = Layout.fit(sites, samples=samples, memory_bytes=memory_bytes)
     widest = max(site.width * np.dtype(site.dtype).itemsize for site in sites)
     assert layout.samples == samples
@@ -78,6 +90,7 @@ def test_a_fitted_layout_keeps_its_bounds(fields, samples, memory_bytes):
 def test_a_given_block_is_kept(fields, samples, block_samples):
     sites = make_sites(fields)
     assume(max(site.row_bytes for site in sites) * block_samples <= MAX_SHARD_BYTES)
+    assume(samples <= MAX_BLOCKS * block_samples)
     layout = Layout.fit(sites, samples=samples, block_samples=block_samples)
     assert layout.block_samples == block_samples
 
@@ -106,7 +119,7 @@ SITE_ERRORS = {
     "long name": (("x" * 65, 4, (0,)), "is not allowed; use up to 64"),
     "reserved name": (("valid", 4, (0,)), "site name 'valid' is used by the format itself (assets, documents, "),
     "dtype": (("a", 4, (0,), "int8"), "site 'a' has dtype 'int8'; expected one of bfloat16, float16, float32"),
-    "no width": (("a", 0, (0,)), "site 'a' has width 0; expected a positive number of values per row"),
+    "no width": (("a", 0, (0,)), "site 'a' has width 0; expected 1 to 1,048,576 values"),
     "no layers": (("a", 4, ()), "site 'a' has no layers; name at least one, or None for a layerless site"),
     "layer twice": (("a", 4, (3, 3)), "site 'a' has layers [3, 3]; expected distinct numbers >= 0"),
     "negative layer": (("a", 4, (-1,)), "site 'a' has layers [-1]; expected distinct numbers >= 0"),
@@ -136,7 +149,16 @@ def test_a_column_that_cannot_be_stored_is_refused(name, dtype, message):
 
 GOOD = Layout((Site("a", 4, (1, 3)), Site("b", 8, (3,)), Site("c", 4, None)), 100, 32, 8)
 LAYOUT_ERRORS = {
-    "no sites": ({"sites": ()}, "a layout needs at least one site, found none"),
+    "no sites": ({"sites": ()}, "a layout needs 1 to 256 sites and at most 256 columns, found 0 and "),
+    "too many columns": (
+        {"columns": tuple(Column(f"c{i}", "int8") for i in range(257))},
+        "a layout needs 1 to 256 sites and at most",
+    ),
+    "too many samples": ({"samples": 1 << 41}, "samples is 2,199,023,255,552; expected at most 1,099,511,627,776"),
+    "too many blocks": (
+        {"samples": 1 << 33, "block_samples": 32},
+        "8,589,934,592 samples in blocks of 32 are 268,435,456 blocks, at",
+    ),
     "site twice": ({"sites": (Site("a", 4, (0,)), Site("a", 8, (0,)))}, "the names ['a', 'a_norm'] are used twice;"),
     "norm of another": ({"sites": (Site("a", 4, (0,)), Site("a_norm", 1, (0,)))}, "the names ['a_norm'] are used"),
     "column as site": ({"columns": (Column("a", "int32"),)}, "the names ['a'] are used twice"),
