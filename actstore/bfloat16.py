@@ -13,9 +13,8 @@ from typing import Any, ClassVar, Self
 import ml_dtypes
 import numpy as np
 from zarr.core.buffer.cpu import Buffer
-from zarr.core.dtype.common import DataTypeValidationError
 from zarr.core.dtype.npy.float import BaseFloat
-from zarr.dtype import data_type_registry
+from zarr.dtype import DataTypeValidationError, data_type_registry
 
 __all__ = ["BFloat16", "Buffer", "register"]
 NATIVE = np.dtype(ml_dtypes.bfloat16)

@@ -98,7 +98,9 @@ STATUS_ERRORS = {
     "no attributes": (b"{}", r"has no valid attribute `actstore` \(KeyError\); restore it from a copy"),
     "a list": (b"[]", r"has no valid attribute `actstore` \(TypeError\)"),
     "odd status": (
-        canonical_json({"attributes": {"actstore": {"format": 1, "status": "done", "fingerprint": SMALL.plan.fingerprint}}}),
+        canonical_json(
+            {"attributes": {"actstore": {"format": 1, "status": "done", "fingerprint": SMALL.plan.fingerprint}}}
+        ),
         r"has no valid attribute `actstore` \(ValidationError\)",
     ),
     "another store": (

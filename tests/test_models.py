@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-import torch_qwen2
 from tokenizers import Tokenizer
-from torch_qwen2 import Batch, Segment, Values, make_batch, relative_error
 
 import extract
 from extract.forward import Forward, make_forward
 from extract.models import Model, ModelError, Tap, check_taps, default_layers, load_model, site_widths
 from extract.models.sites import LAYER_SITES
+
+torch = pytest.importorskip("torch", reason="NOT CHECKED: torch is not installed here, and these tests compare with it")
+import torch_qwen2  # noqa: E402  needs torch
+from torch_qwen2 import Batch, Segment, Values, make_batch, relative_error  # noqa: E402
 
 TINY = Path(extract.__path__[0]) / "demo" / "tiny-qwen2"
 

@@ -27,7 +27,9 @@ PROVENANCE = {"model": {"name": "tiny", "sha": "ff"}, "list": [1, 2.5, None, Tru
 TABLE = DocumentTableLayout(documents=3, tokens=40, numbers={"pages": "int64"}, strings={"id": 9, "text": 120})
 ASSETS = {"tokenizer.json": b"{}"}
 PLAN = Plan.make(LAYOUT, PROVENANCE, TABLE, ASSETS)
-MARKER = Marker(format=1, block=2, samples=(64, 96), fingerprint=PLAN.fingerprint, checksums={"a": ("0" * 32, "f" * 32)})
+MARKER = Marker(
+    format=1, block=2, samples=(64, 96), fingerprint=PLAN.fingerprint, checksums={"a": ("0" * 32, "f" * 32)}
+)
 DOCUMENTS = {
     "plan": PLAN,
     "plan without documents": Plan.make(LAYOUT, {}),
@@ -248,7 +250,11 @@ WRONG = {
     "short digest": (Marker, edited(MARKER, checksums={"a": ["00"]}), "checksums.a.0: String should match pattern"),
     "three ends": (Marker, edited(MARKER, samples=[1, 2, 3]), "samples"),
     "short fingerprint": (Seal, edited(DOCUMENTS["seal"], fingerprint="00"), "fingerprint: String should match"),
-    "marker in manifest": (Manifest, edited(DOCUMENTS["manifest"], blocks=[{"format": 1}]), "blocks.0.block: Field required"),
+    "marker in manifest": (
+        Manifest,
+        edited(DOCUMENTS["manifest"], blocks=[{"format": 1}]),
+        "blocks.0.block: Field required",
+    ),
     "layout that cannot be": (
         Plan,
         edited(PLAN, layout=json.loads(PLAN.to_json())["layout"] | {"samples": 0}),
