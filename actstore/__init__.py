@@ -54,3 +54,8 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'actstore' has no attribute {name!r}")
     return getattr(import_module(f"actstore.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion at a prompt."""
+    return __all__

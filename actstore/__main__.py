@@ -1,5 +1,15 @@
 """`python -m actstore` is the command `actstore`."""
 
-from actstore.cli import main
+from actstore.stopping import install
 
-main()
+
+def main() -> None:
+    """Takes over the signals before anything slow is imported, then runs the command line."""
+    install()
+    from actstore.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

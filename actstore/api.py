@@ -10,7 +10,7 @@ import xarray as xr
 from jaxtyping import Int, Int64
 
 from actstore.batches import WINDOW_BYTES, Batches
-from actstore.errors import InputError, UnknownNameError
+from actstore.errors import InputError, UnfinishedStoreError, UnknownNameError
 from actstore.kvstore import Root, storage_errors
 from actstore.layout import Layout, Site
 from actstore.ledger import committed_blocks, read_plan, read_status
@@ -32,6 +32,13 @@ class TokenInContext:
 
 class Store:
     """An open activation store. Made by `actstore.open`; holds no file open and reads nothing until asked."""
+
+    def __repr__(self) -> str:
+        """Where it is and what it holds, without reading."""
+        sites = ", ".join(
+            f"{site.name} {list(site.layers) if site.layers else ''}x {site.width}" for site in self.sites
+        )
+        return f"<actstore.Store {self.url}: {self.samples:,} samples, {sites}>"
 
     def __init__(self, root: Root, plan: Plan) -> None:
         self._root = root
@@ -128,9 +135,21 @@ class Store:
         names = [column.name for column in self.plan.layout.columns]
         if name not in names:
             raise UnknownNameError(f"column {name!r} is not in this store; it holds {', '.join(names) or 'none'}")
+        self._check_committed(rows)
         array = self._root.open_array(name, array_metadata(self.plan, complete=True)[name])
         with storage_errors(f"read {name} of {self.url}"):
             return np.asarray(array.oindex[wanted].read().result())
+
+    def _check_committed(self, rows: Int[np.ndarray, " n"]) -> None:
+        """Refuses rows of an unfinished store that are not written yet. Costs one read, one listing if unfinished."""
+        if self.complete:
+            return
+        waiting = {int(row) // self.plan.layout.block_samples for row in rows} - committed_blocks(self._root)
+        if waiting:
+            raise UnfinishedStoreError(
+                f"{self.url} is unfinished: block {min(waiting)} of the rows asked for is not committed; run the "
+                "command that writes it again, or ask for other rows"
+            )
 
     def text(self, rows: Sequence[int] | Int[np.ndarray, " n"], *, window: int = 16) -> list[TokenInContext]:
         """Each row's token with up to `window` tokens before and after it, from the stored texts: no tokenizer needed.
@@ -142,6 +161,8 @@ class Store:
             InputError: a row does not exist, or its document or position does not.
         """
         wanted = self._existing(rows)
+        if window < 0:
+            raise InputError(f"window is {window}; expected a number of tokens, 0 or more")
         stored = self.documents
         places = zip(self.column("document", wanted), self.column("position", wanted), strict=True)
         found: dict[int, tuple[bytes, np.ndarray]] = {}

@@ -17,7 +17,7 @@ from jaxtyping import Int64, Shaped
 
 from actstore.errors import InputError
 from actstore.kvstore import Root, storage_errors
-from actstore.layout import Layout
+from actstore.layout import Layout, whole_number
 from actstore.metadata import array_metadata
 from actstore.schema import Plan
 from actstore.shuffle import BlockOrder
@@ -212,6 +212,8 @@ def _check(
     layout: Layout, batch_size: int, seed: int, epochs: int | None, window_bytes: int, *, drop_remainder: bool
 ) -> None:
     """Refuses settings that cannot give a batch."""
+    for value, what in [(batch_size, "batch_size"), (window_bytes, "window_bytes"), (epochs or 1, "epochs")]:
+        whole_number(value, what)
     if batch_size < 1 or window_bytes < 1:
         raise InputError(f"batch_size {batch_size} and window_bytes {window_bytes} must be positive")
     if seed < 0:

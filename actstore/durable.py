@@ -76,6 +76,8 @@ def _lock(file: int, *, wait: bool) -> bool:
         else:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):
+        if wait:
+            raise  # the system refuses to lock: writing without would not be safe
         return False
     return True
 

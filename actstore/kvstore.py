@@ -164,7 +164,8 @@ class Root:
             StoragePermissionError: the folder cannot be written.
             StorageFullError: less than `need_bytes` are free.
         """
-        if not self.path.name.endswith(SUFFIX) or self.path.name == SUFFIX:
+        name = Path(self.url).name  # as given: a link may lead to a folder of any name
+        if not name.endswith(SUFFIX) or name == SUFFIX:
             raise InputError(f"{self.url!r} is not a name for a store; expected one that ends in {SUFFIX}")
         parent = next(place for place in [self.path, *self.path.parents] if os.path.exists(place))  # noqa: PTH110  False where Path raises
         if not parent.is_dir():
@@ -173,7 +174,8 @@ class Root:
             raise StoragePermissionError(
                 f"cannot write {self.url}: {parent} is read-only for this user; choose a target that can be written"
             )
-        free = shutil.disk_usage(parent).free
+        with storage_errors(f"ask for the free space of {self.url}"):
+            free = shutil.disk_usage(parent).free
         if free < need_bytes:
             raise StorageFullError(
                 f"cannot write {self.url}: the run needs {need_bytes:,} bytes, {free:,} are free in {parent}; "

@@ -7,7 +7,8 @@ what one read decodes, (1 layer, chunk_samples, width).
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias, get_args
 
 from actstore.errors import InputError, UnknownNameError
@@ -58,6 +59,10 @@ class Site:
     def __post_init__(self) -> None:
         """Refuses what could not be stored or would be read ambiguously."""
         check_name(self.name, "site")
+        object.__setattr__(self, "width", whole_number(self.width, f"width of site {self.name!r}"))
+        if self.layers is not None:
+            layers = tuple(whole_number(layer, f"a layer of site {self.name!r}") for layer in _listed(self.layers))
+            object.__setattr__(self, "layers", layers)
         if self.dtype not in get_args(ActivationDType):
             raise InputError(
                 f"site {self.name!r} has dtype {self.dtype!r}; expected one of {', '.join(get_args(ActivationDType))}"
@@ -98,7 +103,7 @@ class Site:
             raise InputError(f"site {self.name!r} holds layers {list(self.layers)}; say which one with `layer=`")
         if layer not in self.layers:
             raise UnknownNameError(
-                f"layer {layer} of site {self.name!r} is not in this store; it holds layers {list(self.layers)}"
+                f"layer {layer!r} of site {self.name!r} is not in this store; it holds layers {list(self.layers)}"
             )
         return self.layers.index(layer)
 
@@ -138,7 +143,11 @@ class Layout:
     codec: Codec = "crc32c"
 
     def __post_init__(self) -> None:
-        """Checks everything that later arithmetic relies on."""
+        """Checks everything that later arithmetic relies on; NumPy's integers become Python's."""
+        for what in ("samples", "block_samples", "chunk_samples"):
+            object.__setattr__(self, what, whole_number(getattr(self, what), what))
+        object.__setattr__(self, "sites", tuple(self.sites))
+        object.__setattr__(self, "columns", tuple(self.columns))
         if not 1 <= len(self.sites) <= MAX_SITES or len(self.columns) > MAX_COLUMNS:
             raise InputError(
                 f"a layout needs 1 to {MAX_SITES} sites and at most {MAX_COLUMNS} columns, found {len(self.sites)} and "
@@ -202,7 +211,8 @@ class Layout:
         Args:
             sites: what is stored.
             samples: number of samples in the whole store.
-            block_samples: rows of one shard; None chooses.
+            block_samples: rows of one shard; None chooses. A number that cannot be cut into good chunks is rounded up,
+                by an eighth at most.
             columns: numbers kept per sample.
             codec: of the chunks.
             memory_bytes: upper bound for one block with all its sites and layers, which a writer holds in memory.
@@ -217,7 +227,8 @@ class Layout:
             chunk = min(chunk, block_samples)
             whole = math.ceil(max(samples, 1) / chunk) * chunk  # a small store is one block, without much padding
             block_samples = min(block_samples, whole)
-        chunk = math.gcd(chunk, block_samples)
+        samples, block_samples = whole_number(samples, "samples"), whole_number(block_samples, "block_samples")
+        block_samples, chunk = _good_chunks(block_samples, chunk)
         return cls(tuple(sites), samples, block_samples, chunk, tuple(columns), codec)
 
     @property
@@ -291,6 +302,33 @@ class Layout:
 def norm_name(site: str) -> str:
     """Name of the array that holds the row norms of a site."""
     return f"{site}_norm"
+
+
+def whole_number(value: object, what: str) -> int:
+    """An integer of Python's or NumPy's as Python's.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # that is what is found out here
+    except TypeError:
+        raise InputError(f"{what} is {value!r}; expected a whole number") from None
+
+
+def _listed(layers: object) -> Iterable[object]:
+    if isinstance(layers, Iterable):
+        return layers
+    raise InputError(f"layers is {layers!r}; expected several numbers, such as (6, 12), or None for a layerless site")
+
+
+def _good_chunks(block_samples: int, chunk: int) -> tuple[int, int]:
+    """A block of about the given size, and chunks that tile it and are not much smaller than `chunk`."""
+    common = math.gcd(chunk, block_samples)
+    if common * 8 >= min(chunk, block_samples):
+        return block_samples, common
+    chunk = min(chunk, _power_of_two(block_samples // 8))
+    return math.ceil(block_samples / chunk) * chunk, chunk
 
 
 def _power_of_two(limit: int) -> int:

@@ -161,7 +161,9 @@ def create_nodes(root: Root, plan: Plan) -> None:
         SealedStoreError: the store is complete.
     """
     if root.read(SEAL_KEY) is not None:
-        raise SealedStoreError(f"{root.url} is complete and takes no more blocks; choose another target")
+        raise SealedStoreError(
+            f"{root.url} is complete: nothing is left to write; for another run choose another target"
+        )
     arrays = array_metadata(plan, complete=False)
     missing = {key for key in ["zarr.json", *(f"{name}/zarr.json" for name in arrays)] if root.read(key) is None}
     for name, metadata in arrays.items():

@@ -54,8 +54,8 @@ def as_stored(values: Shaped[np.ndarray, "*shape"], dtype: str, *, what: str) ->
         stored = values.astype(target)
     lost = np.isinf(to_float32(stored)) & np.isfinite(values)
     if lost.any():
+        advice = "store this site as bfloat16 or float32" if dtype == "float16" else "divide the rows by a number first"
         raise InputError(
-            f"{what} has a value of {np.abs(values[lost]).max():.6g}, {dtype} ends at "
-            f"{_LARGEST[dtype]:.6g}; store this site as bfloat16 or float32"
+            f"{what} has a value of {np.abs(values[lost]).max():.6g}, {dtype} ends at {_LARGEST[dtype]:.6g}; {advice}"
         )
     return stored

@@ -6,6 +6,7 @@ from actstore.errors import InputError
 from actstore.kvstore import Root
 from actstore.ledger import (
     MANIFEST_KEY,
+    MARKER_FOLDER,
     SEAL_KEY,
     TABLE_KEY,
     create_nodes,
@@ -47,7 +48,7 @@ def repair(root: Root, plan: Plan, report: Report) -> Repair:
     create_nodes(root, plan)  # what else is missing
     blocks = tuple(report.damaged_blocks)
     keys = [marker_key(block) for block in blocks]
-    keys += [finding.what for finding in report.findings if finding.what.startswith("assets/")]
+    keys += [finding.what for finding in report.findings if finding.what.startswith(("assets/", MARKER_FOLDER))]
     keys += [TABLE_KEY] * any(finding.what.startswith(("documents/", TABLE_KEY)) for finding in report.findings)
     for key in [*keys, MANIFEST_KEY]:
         root.delete(key)

@@ -23,6 +23,7 @@ from actstore.ledger import (
     TABLE_KEY,
     checksum,
     committed_blocks,
+    marker_key,
     read_marker,
     read_status,
 )
@@ -101,7 +102,7 @@ def verify(
     Costs one small read per shard (`fast`), or reading everything once with two shards in memory (`full`).
     """
     started = time.perf_counter()
-    complete = read_status(root, plan) == "complete"
+    complete = _is_complete(root, plan)
     findings = list(_metadata_findings(root, plan, complete=complete))
     markers, lost = _markers(root, plan, complete=complete)
     findings += lost
@@ -126,6 +127,14 @@ def verify(
         root.url, depth, "complete" if complete else "writing", len(markers), len(shards), compared,
         time.perf_counter() - started, tuple(findings),
     )  # fmt: skip
+
+
+def _is_complete(root: Root, plan: Plan) -> bool:
+    """Whether the store is complete: by its root group, or by its seal where the group is damaged."""
+    try:
+        return read_status(root, plan) == "complete"
+    except CorruptStoreError:
+        return root.read(SEAL_KEY) is not None
 
 
 def _shards(layout: Layout, marker: Marker) -> Iterator[_Shard]:
@@ -167,8 +176,7 @@ def _markers(root: Root, plan: Plan, *, complete: bool) -> tuple[list[Marker], l
     expected = set(range(plan.layout.blocks))
     markers: list[Marker] = []
     findings = [
-        Finding(f"marker of block {block}", "there is no such block in the plan")
-        for block in sorted(present - expected)
+        Finding(marker_key(block), "there is no such block in the plan") for block in sorted(present - expected)
     ]
     for block in sorted(expected if complete else present & expected):
         try:

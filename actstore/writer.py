@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float32, Shaped
+from numpy.typing import ArrayLike
 
 from actstore.errors import InputError
 from actstore.kvstore import Root, storage_errors
@@ -54,7 +55,7 @@ class Writer:
         self._arrays = {
             name: root.open_array(name, spec) for name, spec in metadata.items() if not name.startswith("documents/")
         }
-        self._seal = seal
+        self._seal, self._closed = seal, False
         self._pool = ThreadPoolExecutor(blocks_in_flight, thread_name_prefix="actstore-writer")
         self._shard_pool = ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="actstore-shards")
         self._free = threading.BoundedSemaphore(blocks_in_flight)
@@ -67,7 +68,7 @@ class Writer:
         return self.plan.layout
 
     def write(
-        self, block: int, activations: Mapping[str, Array], *, samples: Mapping[str, Array] | None = None
+        self, block: int, activations: Mapping[str, ArrayLike], *, samples: Mapping[str, ArrayLike] | None = None
     ) -> Future[Marker]:
         """Writes one block in the background; the future is done when the block is committed.
 
@@ -85,6 +86,8 @@ class Writer:
             StoreError: an earlier block could not be written.
         """
         self.raise_failures()
+        if self._closed:
+            raise InputError("this writer is closed; make another with actstore.create to continue the store")
         start, stop = self.layout.block_range(block)
         rows = self._check(activations, samples or {}, stop - start)
         self._free.acquire()
@@ -118,6 +121,7 @@ class Writer:
 
     def _shut_down(self) -> None:
         """Finishes what was handed over, then ends the threads."""
+        self._closed = True
         self._pool.shutdown(wait=True)
         self._shard_pool.shutdown(wait=True)
 
@@ -135,7 +139,7 @@ class Writer:
             seal(self.root, self.plan)
 
     def _check(
-        self, activations: Mapping[str, Array], samples: Mapping[str, Array], count: int
+        self, activations: Mapping[str, ArrayLike], samples: Mapping[str, ArrayLike], count: int
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """The block's arrays by name, in their stored dtypes.
 
@@ -215,13 +219,32 @@ class Writer:
                     self._arrays[name].write(np.asarray(site.layers, np.int32)).result()
 
 
-def _same_names(what: str, found: Mapping[str, Array], expected: list[str]) -> None:
+def _same_names(what: str, found: Mapping[str, ArrayLike], expected: list[str]) -> None:
     if sorted(found) != sorted(expected):
-        raise InputError(f"a block needs the {what} {sorted(expected)}, found {sorted(found)}; give each exactly once")
+        remedy = "" if found else f", or make the layout with {what}=() to keep none" * (what == "columns")
+        raise InputError(
+            f"a block needs the {what} {sorted(expected)}, found {sorted(found)}; give each exactly once{remedy}"
+        )
 
 
-def _site_rows(site: Site, values: Array, count: int) -> Array:
+def _as_numpy(values: ArrayLike, what: str) -> Array:
+    """NumPy arrays as they are; what NumPy can view (JAX arrays, CPU tensors of types it knows), lists copied.
+
+    Raises:
+        InputError: NumPy cannot read it.
+    """
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{what} is a {type(values).__module__}.{type(values).__name__} that NumPy cannot read "
+            f"({str(error)[:60]}); give a NumPy array, for a tensor tensor.detach().float().cpu().numpy()"
+        ) from None
+
+
+def _site_rows(site: Site, given: ArrayLike, count: int) -> Array:
     """Rows as [layer, sample, width], contiguous, in the stored dtype."""
+    values = _as_numpy(given, f"site {site.name!r}")
     shape = (count, site.width) if site.layers is None else (len(site.layers), count, site.width)
     if values.shape != shape:
         axes = "sample, width" if site.layers is None else "layer, sample, width"
@@ -230,8 +253,9 @@ def _site_rows(site: Site, values: Array, count: int) -> Array:
     return np.ascontiguousarray(stored).reshape(site.rows_per_sample, count, site.width)
 
 
-def _column_values(column: Column, values: Array, count: int) -> Array:
+def _column_values(column: Column, given: ArrayLike, count: int) -> Array:
     """Values of a column in its dtype, refused where they do not fit."""
+    values = _as_numpy(given, f"column {column.name!r}")
     if values.shape != (count,):
         raise InputError(f"column {column.name!r} has shape {values.shape}, expected ({count},)")
     target = np.dtype(column.dtype)

@@ -1,6 +1,7 @@
 """Commands that run a model: `plan`, `extract`, `demo`. They join `actstore` through its entry-point group."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,7 +138,7 @@ def _plan(
 
 
 def _layer(text: str) -> int:
-    if not text.strip().isdigit():
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
         raise InputError(f"--layers has {text!r}; expected whole numbers with commas between, such as 6,12,18,23")
     return int(text)
 

@@ -61,6 +61,8 @@ def open_documents(source: str, *, limit: int | None = None) -> list[Document]:
         >>> [document.id for document in open_documents("python-docs", limit=2)]
         ['topics/assert', 'topics/assignment']
     """
+    if not source:
+        raise InputError("the source of the documents is empty; expected a path or python-docs; is a variable not set?")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected at least 1, or None for all documents. Leave it out to read all.")
     first: dict[str, Document] = {}

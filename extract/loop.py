@@ -1,10 +1,11 @@
 """The loop: plan in, store out. Reads like the picture: contexts -> forward -> block -> writer."""
 
+import contextlib
 import dataclasses
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Self
 
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 from actstore.kvstore import Root
-from actstore.ledger import SEAL_KEY, read_plan, seal
+from actstore.ledger import SEAL_KEY, read_plan, read_status, seal
 from actstore.moments import as_stored
 from actstore.schema import Marker
 from actstore.table import write_table
@@ -65,6 +66,7 @@ def run(plan: ExtractPlan, url: str, *, progress: Callable[[Progress], None] | N
     root = Root.of(url)
     if root.read(SEAL_KEY) is not None:
         plan.store.refuse_other(read_plan(root), url=root.url)
+        read_status(root, plan.store)  # raises where the root group is damaged
         return _report(progress, Progress(plan.store.layout.blocks, plan.store.layout.blocks, 0, 0, 0, 0, 0.0))
     with Writer(root, plan.store, seal=False, assets=plan.assets) as writer:
         write_table(root, plan.store, plan.documents)
@@ -85,34 +87,36 @@ def _compute(plan: ExtractPlan, writer: Writer, progress: Callable[[Progress], N
     started = time.perf_counter()
     buffers = itertools.cycle([_Buffer(plan) for _ in range(min(BLOCKS_IN_FLIGHT + 1, len(missing)))])
     buffer = None
-    for first, rows, contexts in forward_steps(plan, list(missing)):
-        while missing and layout.block_range(missing[0])[0] < first + len(contexts.documents):
-            block = missing[0]
-            buffer = buffer or next(buffers).begin(*layout.block_range(block))
-            filled = buffer.fill(first, rows, contexts)
-            state = dataclasses.replace(
-                state, samples_computed=state.samples_computed + filled, samples_left=state.samples_left - filled,
-                seconds=time.perf_counter() - started,
-            )  # fmt: skip
-            if not buffer.full:
-                break  # the rest of this block is in later steps
-            buffer.commit = writer.write(missing.popleft(), buffer.activations(), samples=buffer.columns())
-            buffer = None
-            state = dataclasses.replace(
-                state, blocks_computed=state.blocks_computed + 1,
-                bytes_written=state.bytes_written + sizes[block] * layout.sample_bytes,
-            )  # fmt: skip
-        _report(progress, state)
+    with contextlib.closing(forward_steps(plan, list(missing))) as steps:
+        for first, rows, contexts in steps:
+            while missing and layout.block_range(missing[0])[0] < first + len(contexts.documents):
+                block = missing[0]
+                buffer = buffer or next(buffers).begin(*layout.block_range(block))
+                filled = buffer.fill(first, rows, contexts)
+                state = dataclasses.replace(
+                    state, samples_computed=state.samples_computed + filled, samples_left=state.samples_left - filled,
+                    seconds=time.perf_counter() - started,
+                )  # fmt: skip
+                if not buffer.full:
+                    break  # the rest of this block is in later steps
+                buffer.commit = writer.write(missing.popleft(), buffer.activations(), samples=buffer.columns())
+                buffer = None
+                state = dataclasses.replace(
+                    state, blocks_computed=state.blocks_computed + 1,
+                    bytes_written=state.bytes_written + sizes[block] * layout.sample_bytes,
+                )  # fmt: skip
+            _report(progress, state)
     writer.close()
     return dataclasses.replace(state, seconds=time.perf_counter() - started)
 
 
-def forward_steps(plan: ExtractPlan, blocks: list[int]) -> Iterator[tuple[int, Rows, Contexts]]:
+def forward_steps(plan: ExtractPlan, blocks: list[int]) -> Generator[tuple[int, Rows, Contexts], None, None]:
     """(first sample, rows, contexts) of every step that holds samples of `blocks`, in order, each computed once.
 
     A step is a fixed set of contexts, so a row has the same bits whichever block asks for it. Each step is dispatched
     before the rows of the one before are copied, so that the device does not wait for the host.
     """
+    import jax
     import jax.numpy as jnp
 
     from extract.forward import make_forward
@@ -130,12 +134,16 @@ def forward_steps(plan: ExtractPlan, blocks: list[int]) -> Iterator[tuple[int, R
         return int(edges[step]), forward(plan.model.params, *inputs), contexts
 
     ahead: deque[tuple[int, dict[str, jax.Array], Contexts]] = deque()
-    for step in _steps_of(plan, blocks, edges):
-        ahead.append(dispatch(step))
-        if len(ahead) > 1:
+    try:
+        for step in _steps_of(plan, blocks, edges):
+            ahead.append(dispatch(step))
+            if len(ahead) > 1:
+                yield _on_host(*ahead.popleft())
+        while ahead:
             yield _on_host(*ahead.popleft())
-    while ahead:
-        yield _on_host(*ahead.popleft())
+    finally:  # of a run that is stopped: a process that ends while the device computes may crash
+        for _, arrays, _ in ahead:
+            jax.block_until_ready(arrays)  # type: ignore[no-untyped-call]
 
 
 def _steps_of(plan: ExtractPlan, blocks: list[int], edges: Int64[np.ndarray, " step_edge"]) -> list[int]:

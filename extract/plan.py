@@ -73,6 +73,7 @@ class ExtractPlan:
                 f"sites      {sites}",
                 f"samples    {layout.samples:,}, {layout.data_bytes / 1e6:,.1f} MB",
                 f"blocks     {layout.blocks:,} of {layout.block_samples:,} samples, {layout.shards:,} shards",
+                f"chunks     {layout.chunk_samples:,} samples, {layout.codec}",
                 f"memory     {layout.block_bytes * 3 / 1e6:,.0f} MB for blocks being filled and written",
                 f"fingerprint {self.store.fingerprint[:16]}",
             ]
@@ -94,6 +95,7 @@ class ExtractPlan:
             "bytes": layout.data_bytes,
             "blocks": layout.blocks,
             "block_samples": layout.block_samples,
+            "chunk_samples": layout.chunk_samples,
             "shards": layout.shards,
         }
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from actstore import Plan
 from actstore.errors import InputError, UnknownNameError
 from actstore.layout import (
     CHUNK_BYTES,
@@ -87,12 +90,71 @@ def test_a_fitted_layout_keeps_its_bounds(fields, samples, memory_bytes):
 
 
 @given(site_fields(5000), st.integers(1, 10**9), st.integers(1, 1 << 20))
-def test_a_given_block_is_kept(fields, samples, block_samples):
+def test_a_given_block_is_kept_or_rounded_up_by_an_eighth_to_have_good_chunks(fields, samples, block_samples):
     sites = make_sites(fields)
     assume(max(site.row_bytes for site in sites) * block_samples <= MAX_SHARD_BYTES)
     assume(samples <= MAX_BLOCKS * block_samples)
     layout = Layout.fit(sites, samples=samples, block_samples=block_samples)
-    assert layout.block_samples == block_samples
+    assert block_samples <= layout.block_samples <= block_samples * 9 / 8
+    ideal = min(CHUNK_BYTES // max(site.row_bytes for site in sites), block_samples)
+    assert layout.chunk_samples >= ideal / 32  # a power of two below, an eighth of the block, a power of two below that
+
+
+BLOCKS = {
+    "of whole chunks": (65_536, 65_536, 2048),
+    "of a few chunks": (6144, 6144, 2048),
+    "of one small chunk": (7, 7, 1),
+    "prime": (4099, 4608, 512),
+    "round in decimal": (100_000, 100_352, 2048),
+    "a prime below a chunk": (1009, 1024, 64),
+}
+
+
+@pytest.mark.parametrize(("asked", "block", "chunk"), BLOCKS.values(), ids=BLOCKS)
+def test_blocks_that_are_asked_for(asked, block, chunk):
+    layout = Layout.fit([Site("resid_post", 128, (1,))], samples=10**6, block_samples=asked)
+    assert (layout.block_samples, layout.chunk_samples) == (block, chunk)
+
+
+NOT_NUMBERS = {
+    "Layout.fit([Site('a', 4, (0,))], samples=2.5)": "samples is 2.5; expected a whole number",
+    "Site('a', '4', (0,))": "width of site 'a' is '4'; expected a whole number",
+    "Site('a', 4, 3)": "layers is 3; expected several numbers, such as (6, 12), or None for a layerless site",
+    "Site('a', 4, ('x',))": "a layer of site 'a' is 'x'; expected a whole number",
+}
+
+
+NUMBERS = (
+    "Layout.fit([Site('a', np.int64(4), np.arange(2))], samples=np.int64(100), block_samples=np.int32(16))",
+    "Layout.fit([Site('a', 4, range(2))], samples=100, block_samples=16)",
+    "Layout.fit([Site('a', 4, [0, 1])], samples=100, block_samples=16)",
+)
+
+
+def unchecked(calls):
+    """What expressions give, or the text of their error, in a process whose arguments no type checker sees."""
+    code = """
+import sys
+import numpy as np
+from actstore import Layout, Plan, Site
+for call in sys.argv[1:]:
+    try:
+        print(Plan.make(eval(call), {}).to_json().decode())
+    except ValueError as error:
+        print(error)
+"""
+    answer = subprocess.run([sys.executable, "-c", code, *calls], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.splitlines()
+
+
+def test_what_is_no_number_is_refused():
+    assert unchecked(NOT_NUMBERS) == list(NOT_NUMBERS.values())
+
+
+def test_numbers_of_any_kind_give_the_same_plan():
+    layout = Layout.fit([Site("a", 4, (0, 1))], samples=100, block_samples=16)
+    assert unchecked(NUMBERS) == [Plan.make(layout, {}).to_json().decode()] * len(NUMBERS)
 
 
 @pytest.mark.parametrize(

@@ -221,3 +221,36 @@ def test_a_signal_stops_with_75_and_keeps_what_is_done(
     assert committed(url) >= 2
     subprocess.run(command(url), check=True, capture_output=True)
     assert tree(url) == undisturbed
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.4, 0.8, 1.4, 2.0, 2.6, 3.2, 3.8])
+def test_a_signal_at_any_moment_stops_with_one_line_and_75(tmp_path: Path, seconds: float) -> None:
+    """While Python starts, libraries are imported, documents are tokenised, the model compiles and computes."""
+    url = tmp_path / "x.acts.zarr"
+    process = subprocess.Popen(command(url), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    ready = time.monotonic() + 30
+    handled = Path(f"/proc/{process.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", handled.read_text())[1], 16) & 1 << signal.SIGTERM - 1:  # type: ignore[index]
+        assert time.monotonic() < ready
+        time.sleep(0.005)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode in (75, 0), errors
+    if process.returncode == 75:
+        last = errors.splitlines()[-1]
+        assert re.fullmatch(r"error: stopped by SIGTERM; .*run the same command again to continue", last)
+    assert "Traceback" not in errors
+    assert "Exception ignored" not in errors
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    url = tmp_path / "x.acts.zarr"
+    process = subprocess.Popen(command(url), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_blocks(process, url, 1)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75, errors
+    assert "error: stopped by SIGINT" in errors

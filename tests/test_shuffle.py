@@ -44,9 +44,9 @@ def test_an_image_does_not_depend_on_what_is_asked_with_it(size, key, places):
 
 
 def feistel(size, key, index):
-    """The same cipher in plain Python integers: six rounds, splitmix64's finaliser, cycle walking."""
+    """The same cipher in plain Python integers: ten rounds, splitmix64's finaliser, cycle walking."""
     half = max((max(size - 1, 1).bit_length() + 1) // 2, 1)
-    keys = np.random.SeedSequence(list(key)).generate_state(6, np.uint64).tolist()
+    keys = np.random.SeedSequence(list(key)).generate_state(10, np.uint64).tolist()
 
     def mix(value):
         value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -71,21 +71,18 @@ def test_it_is_the_cipher_of_its_description(size, key, data):
 GOLDEN = {
     "one": (1, (0,), [0]),
     "two": (2, (7,), [1, 0]),
-    "ten": (10, (0,), [9, 5, 8, 7, 6, 4, 0, 2]),
-    "ten with another key": (10, (1,), [0, 4, 7, 9, 2, 3, 5, 8]),
-    "thousand": (1000, (3, 1, 4), [318, 882, 178, 940, 298, 676, 796, 908]),
+    "ten": (10, (0,), [6, 7, 5, 2, 4, 0, 3, 1]),
+    "ten with another key": (10, (1,), [7, 3, 6, 9, 5, 4, 0, 1]),
+    "thousand": (1000, (3, 1, 4), [800, 66, 580, 89, 205, 813, 625, 59]),
     "over 32 bits": (
         2**32 + 1,
         (5,),
-        [1241893077, 1063113653, 3028862449, 3365350608, 4024573351, 2710373593, 1130010056, 196564615],
+        [560669752, 1358394263, 1939282511, 3482272708, 1834343632, 2341793166, 1024117354, 3898943916],
     ),
     "terasamples": (
         10**12,
         (0, 0, 1),
-        [
-            147832616623, 860054167237, 729814540042, 495106686056, 964203448272, 661446961466, 514570184543,
-            331870380391,
-        ],
+        [317578776191, 299100858009, 789079199997, 532512090073, 41411436288, 993403323484, 969363328861, 362053717874],
     ),
 }  # fmt: skip
 
@@ -98,8 +95,8 @@ def test_the_order_never_changes_between_versions(size, key, expected):
 
 def test_the_order_of_blocks_never_changes_between_versions():
     order = BlockOrder(samples=23, seed=9, chunk_samples=4, window_chunks=3)
-    assert order.rows(0, 0, 11).tolist() == [1, 22, 3, 8, 11, 21, 9, 0, 20, 2, 10]
-    assert order.rows(1, 0, 12).tolist() == [5, 9, 10, 0, 2, 1, 4, 11, 8, 6, 7, 3]
+    assert order.rows(0, 0, 11).tolist() == [5, 6, 3, 1, 22, 7, 21, 4, 0, 2, 20]
+    assert order.rows(1, 0, 12).tolist() == [5, 4, 6, 16, 7, 22, 20, 17, 19, 18, 21, 19]
 
 
 def chi_square(counts, cells):
@@ -119,19 +116,13 @@ UNIFORM = {  # size, images looked at, outcomes, the 99.99th percentile of chi-s
     "first image of 16": (16, 1, 16, 44.3),
     "first image of 13": (13, 1, 13, 39.1),
     "pairs of 16": (16, 2, 240, 325.7),
+    "pairs of 5": (5, 2, 20, 50.8),
 }
 
 
 @pytest.mark.parametrize(("size", "taken", "outcomes", "limit"), UNIFORM.values(), ids=UNIFORM.keys())
 def test_small_permutations_are_uniform_over_keys(size, taken, outcomes, limit):
     assert chi_square(tally(size, taken, 2500), outcomes) < limit
-
-
-def test_tiny_permutations_are_nearly_uniform_over_keys():
-    """Fewer than 16 values are biased: over 20,000 keys, pairs of 5 have a chi-square of 145 with 19 degrees."""
-    counts = tally(5, 2, 2000)
-    assert len(counts) == 20
-    assert all(60 < count < 140 for count in counts.values())
 
 
 def test_the_uniformity_test_would_fire(monkeypatch):

@@ -73,6 +73,15 @@ def edit_marker(field: str, value: object) -> Damage:
     return damage
 
 
+def extra(name: str) -> Damage:
+    """A file that does not belong there."""
+    return lambda url: (url / name).write_text("{}")
+
+
+def edit_group(content: object) -> Damage:
+    return lambda url: (url / "zarr.json").write_text(json.dumps(content))
+
+
 NEEDS_FULL = {
     "a swapped shard", "a swapped column", "a bit of the first chunk", "a swapped document array",
 }  # fmt: skip
@@ -98,6 +107,9 @@ DAMAGES: dict[str, tuple[Damage, str, str, list[int]]] = {
     "a marker of another plan": (edit_marker("fingerprint", "0" * 64), "marker of block 2", "of plan 000", [2]),
     "edited metadata": (flip("resid_post/zarr.json", at=30), "resid_post/zarr.json", "differs from what the plan", []),
     "missing metadata": (lose("valid/zarr.json"), "valid/zarr.json", "is missing", []),
+    "a marker too many": (extra(".act/commits/00000099.json"), ".act/commits/00000099.json", "no such block", []),
+    "a broken group": (cut("zarr.json", keep=20), "zarr.json", "differs from what the plan", []),
+    "an empty group": (edit_group({}), "zarr.json", "differs from what the plan", []),
     "a missing seal": (lose(".act/SEALED.json"), ".act/SEALED.json", "was not sealed to the end", []),
     "a broken seal": (cut(".act/SEALED.json", keep=9), ".act/SEALED.json", "not valid JSON", []),
     "an edited manifest": (flip(".act/manifest.json", at=90), ".act/manifest.json", "differs from its digest", []),

@@ -269,7 +269,7 @@ def test_another_run_is_refused_and_changes_nothing(unfinished):
 
 def test_a_finished_store_takes_no_writer(finished, contents):
     before = tree(finished)
-    with pytest.raises(SealedStoreError, match="is complete and takes no more blocks; choose another target"):
+    with pytest.raises(SealedStoreError, match="is complete: nothing is left to write; for another run"):
         contents.create(finished)
     assert tree(finished) == before
 

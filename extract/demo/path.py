@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -161,6 +162,7 @@ def _context(store: actstore.Store, sample: int) -> tuple[str, str, str]:
 def _summarise(store: actstore.Store, layer: int, sae: TrainedSAE, files: DemoFiles, seconds: float, say: Say) -> None:
     """The end of the story, for a stranger."""
     end, layout = sae.metrics, store.plan.layout
+    program = sys.argv[0] if Path(sys.argv[0]).name == "actstore" else "actstore"
     example = files.features.read_text(encoding="utf-8").split("\n\n")[0]
     say(f"\n4. What a feature means: the tokens that excite one feature most, in their text\n{example}")
     say(
@@ -170,6 +172,6 @@ def _summarise(store: actstore.Store, layer: int, sae: TrainedSAE, files: DemoFi
         f"  {files.plot}: loss {end.loss:.4f}, fraction of variance unexplained {end.fvu:.3f}, L0 {end.l0:.1f}, "
         f"dead features {end.dead:.1%}\n"
         f"  {files.features}: top tokens of {FEATURES_SHOWN} features\n"
-        f"Next: actstore info {files.store}; actstore head {files.store}; in Python:\n"
+        f"Next: {program} info {files.store}; {program} head {files.store}; in Python:\n"
         f'  xr.open_dataset("{files.store}").resid_post.sel(layer={layer})'
     )
