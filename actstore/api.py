@@ -35,9 +35,8 @@ class Store:
 
     def __repr__(self) -> str:
         """Where it is and what it holds, without reading."""
-        sites = ", ".join(
-            f"{site.name} {list(site.layers) if site.layers else ''}x {site.width}" for site in self.sites
-        )
+        layers = {site.name: f" {list(site.layers)}" if site.layers else "" for site in self.sites}
+        sites = ", ".join(f"{site.name}{layers[site.name]} x {site.width}" for site in self.sites)
         return f"<actstore.Store {self.url}: {self.samples:,} samples, {sites}>"
 
     def __init__(self, root: Root, plan: Plan) -> None:

@@ -204,3 +204,30 @@ def test_reading_changes_nothing(finished, store):
     with store.batches(batch_size=10, layer=5, epochs=1) as batches:
         list(batches)
     assert tree(finished) == before
+
+
+def test_rows_of_blocks_that_are_not_committed_are_refused_as_such(unfinished):
+    store = actstore.open(unfinished, partial=True)
+    assert store.column("position", np.array([16, 31, 48])).tolist()
+    for row in (0, 40):
+        with pytest.raises(UnfinishedStoreError, match=rf"block {row // 16} of the rows asked for is not committed"):
+            store.text([row])
+
+
+def test_a_negative_window_is_refused(finished):
+    with pytest.raises(InputError, match="window is -1; expected a number of tokens, 0 or more"):
+        actstore.open(finished).text([0], window=-1)
+
+
+def test_a_store_says_what_it_is(finished):
+    assert repr(actstore.open(finished)) == (
+        f"<actstore.Store {finished}: 53 samples, resid_post [2, 5, 11] x 6, mlp_out [2, 5, 11] x 4, attn_out [5] x 6, "
+        "final_norm x 3>"
+    )
+
+
+@pytest.mark.parametrize("package", ["actstore", "extract"])
+def test_the_public_names_are_offered_for_completion(package):
+    module = __import__(package)
+    assert dir(module) == sorted(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)

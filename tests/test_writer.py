@@ -541,3 +541,39 @@ def test_two_processes_write_one_store(tmp_path, contents, finished):
     assert tree(path) == tree(finished)
     rows = actstore.open(path).dataset(raw=True).resid_post.values
     np.testing.assert_array_equal(rows, contents.rows["resid_post"])
+
+
+class Tensor:
+    """What NumPy cannot read, as a tensor on a device or of a type that NumPy does not know."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
+def test_lists_and_whatever_numpy_can_view_are_written(tmp_path, contents):
+    class Viewed:
+        def __array__(self, dtype=None, copy=None):
+            return activations["resid_post"]
+
+    activations, columns = contents.block(0)
+    with contents.create(tmp_path / "x.acts.zarr") as writer:
+        listed = {name: values.tolist() if name == "document" else values for name, values in columns.items()}
+        writer.write(0, {**activations, "resid_post": Viewed()}, samples=listed)
+    stored = raw_tensorstore(tmp_path / "x.acts.zarr", "resid_post")[:, :16].read().result()
+    np.testing.assert_array_equal(stored, activations["resid_post"])
+
+
+def test_what_numpy_cannot_read_is_refused_with_the_remedy_for_tensors(tmp_path, contents):
+    activations, columns = contents.block(0)
+    with contents.create(tmp_path / "x.acts.zarr") as writer:
+        text = r"site 'resid_post' is a .*Tensor that NumPy cannot read \(.*BFloat16\); .*for a tensor tensor.detach"
+        with pytest.raises(InputError, match=text):
+            writer.write(0, {**activations, "resid_post": Tensor()}, samples=columns)
+
+
+def test_a_closed_writer_says_so(tmp_path, contents):
+    activations, columns = contents.block(0)
+    writer = contents.create(tmp_path / "x.acts.zarr")
+    writer.close()
+    with pytest.raises(InputError, match=r"this writer is closed; make another with actstore.create"):
+        writer.write(0, activations, samples=columns)
