@@ -14,7 +14,12 @@ import ml_dtypes
 import numpy as np
 from zarr.core.buffer.cpu import Buffer
 from zarr.core.dtype.npy.float import BaseFloat
-from zarr.dtype import DataTypeValidationError, data_type_registry
+from zarr.dtype import data_type_registry
+
+try:
+    from zarr.errors import DataTypeValidationError  # type: ignore[attr-defined]  # its place since zarr 3.2
+except ImportError:
+    from zarr.dtype import DataTypeValidationError
 
 __all__ = ["BFloat16", "Buffer", "register"]
 NATIVE = np.dtype(ml_dtypes.bfloat16)

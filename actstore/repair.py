@@ -12,7 +12,7 @@ from actstore.ledger import (
     create_nodes,
     marker_key,
 )
-from actstore.metadata import array_metadata, group_metadata
+from actstore.metadata import array_metadata, documents_group, group_metadata
 from actstore.schema import Plan, canonical_json
 from actstore.verify import Report
 
@@ -45,6 +45,8 @@ def repair(root: Root, plan: Plan, report: Report) -> Repair:
     root.write("zarr.json", canonical_json(group_metadata(plan, status="writing")))
     for name, spec in array_metadata(plan, complete=False).items():
         root.write(f"{name}/zarr.json", canonical_json(spec))
+    if plan.documents is not None:
+        root.write("documents/zarr.json", canonical_json(documents_group()))
     create_nodes(root, plan)  # what else is missing
     blocks = tuple(report.damaged_blocks)
     keys = [marker_key(block) for block in blocks]

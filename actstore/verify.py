@@ -23,11 +23,12 @@ from actstore.ledger import (
     TABLE_KEY,
     checksum,
     committed_blocks,
+    has_table,
     marker_key,
     read_marker,
     read_status,
 )
-from actstore.metadata import array_metadata, group_metadata
+from actstore.metadata import array_metadata, documents_group, group_metadata
 from actstore.schema import Marker, Plan, Seal, TableMarker, canonical_json
 
 Depth = Literal["fast", "sample", "full"]
@@ -121,7 +122,7 @@ def verify(
             findings += [finding] if finding else []
             if progress:
                 progress(done, len(shards))
-    if plan.documents is not None and complete:
+    if plan.documents is not None and (complete or has_table(root)):
         findings += _document_findings(root, plan, whole=depth == "full")
     return Report(
         root.url, depth, "complete" if complete else "writing", len(markers), len(shards), compared,
@@ -196,6 +197,8 @@ def _metadata_findings(root: Root, plan: Plan, *, complete: bool) -> Iterator[Fi
     final, padded = (array_metadata(plan, complete=shrunk) for shrunk in (True, False))
     for name, spec in final.items():  # sealing may have been stopped when some shapes were final
         nodes[f"{name}/zarr.json"] = [spec] if complete else [padded[name], spec]
+    if plan.documents is not None:
+        nodes["documents/zarr.json"] = [documents_group()]
     for key, accepted in nodes.items():
         found = root.read(key)
         if found not in [canonical_json(spec) for spec in accepted]:

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import tensorstore as ts
 import zarr
-from zarr.core.dtype.common import DataTypeValidationError
 from zarr.dtype import data_type_registry
 
 from actstore import bfloat16
-from actstore.bfloat16 import BFloat16
+from actstore.bfloat16 import BFloat16, DataTypeValidationError
 
 EVERY = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
 
