@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 	$(BIN)/actstore demo --folder $(DEMO)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check
@@ -34,7 +34,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python -m tests.benchmarks
 
 docs: $(VENV)/.docs

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actstore.api import Store, TokenInContext, create, open  # noqa: A004  reads as `actstore.open`
+    from actstore.api import Store, TokenInContext, append, create, open  # noqa: A004  reads as `actstore.open`
     from actstore.batches import Batch, Batches
     from actstore.errors import ActstoreError
     from actstore.layout import Column, Layout, Site
@@ -29,6 +29,7 @@ _WHERE = {
     "Store": "api",
     "TokenInContext": "api",
     "Writer": "writer",
+    "append": "api",
     "create": "api",
     "open": "api",
 }
@@ -44,6 +45,7 @@ __all__ = [
     "Store",
     "TokenInContext",
     "Writer",
+    "append",
     "create",
     "open",
 ]

@@ -11,13 +11,13 @@ from jaxtyping import Int, Int64
 
 from actstore.batches import WINDOW_BYTES, Batches
 from actstore.errors import InputError, UnfinishedStoreError, UnknownNameError
-from actstore.kvstore import Root, storage_errors
+from actstore.generations import extend
+from actstore.kvstore import Root
 from actstore.layout import Layout, Site
-from actstore.ledger import committed_blocks, read_plan, read_status
-from actstore.metadata import array_metadata
-from actstore.reader import check_complete, open_dataset
+from actstore.ledger import appended_plan, committed_blocks, committed_ranges, lineage, read_plan, read_status
+from actstore.reader import check_complete, open_dataset, read_column
 from actstore.schema import Plan
-from actstore.table import DocumentTable, StoredDocuments, write_table
+from actstore.table import DocumentTable, StoredDocuments, refuse_known_ids, write_table
 from actstore.writer import Writer
 
 
@@ -66,7 +66,7 @@ class Store:
     @property
     def committed(self) -> int:
         """Number of committed blocks. Costs one listing."""
-        return len(committed_blocks(self._root))
+        return len(committed_blocks(self._root, self.plan))
 
     @property
     def documents(self) -> StoredDocuments:
@@ -75,18 +75,19 @@ class Store:
         Raises:
             UnknownNameError: the store was made without documents.
         """
-        if self.plan.documents is None:
+        if not any(self.plan.tables):
             raise UnknownNameError(f"{self.url} holds no documents; it was created without them")
-        return StoredDocuments(self._root, self.plan.documents)
+        return StoredDocuments(self._root, self.plan)
 
-    def dataset(self, *, raw: bool = False, partial: bool = False) -> xr.Dataset:
+    def dataset(self, *, raw: bool = False, partial: bool = False, check: bool = True) -> xr.Dataset:
         """The store as a lazy `xarray.Dataset`; the same as `xr.open_dataset(url)`.
 
         Args:
             raw: True gives bfloat16 as stored; False gives float32, in which reductions are right.
             partial: True also opens an unfinished store, with its committed samples only.
+            check: False reads without comparing chunks with their commit markers: for stores that were just verified.
         """
-        return open_dataset(self._root, self.plan, raw=raw, partial=partial)
+        return open_dataset(self._root, self.plan, raw=raw, partial=partial, check=check)
 
     def batches(
         self,
@@ -98,6 +99,7 @@ class Store:
         epochs: int | None = None,
         drop_remainder: bool = True,
         window_bytes: int = WINDOW_BYTES,
+        check: bool = True,
     ) -> Batches:
         """Shuffled minibatches [batch, width] of one site and layer, in the stored dtype.
 
@@ -112,6 +114,7 @@ class Store:
             drop_remainder: False gives a last, smaller minibatch in each epoch.
             window_bytes: samples are shuffled in windows of this size, made of random chunks; two windows are held. A
                 window as large as the site's layer gives a perfect shuffle.
+            check: False reads without comparing chunks with their commit markers: for stores that were just verified.
 
         Raises:
             UnfinishedStoreError: the store is not complete.
@@ -120,7 +123,7 @@ class Store:
         check_complete(self._root, self.plan)
         return Batches(
             self._root, self.plan, site=site, layer=layer, batch_size=batch_size, seed=seed,
-            epochs=epochs, drop_remainder=drop_remainder, window_bytes=window_bytes,
+            epochs=epochs, drop_remainder=drop_remainder, window_bytes=window_bytes, check=check,
         )  # fmt: skip
 
     def column(self, name: str, rows: Int[np.ndarray, " n"]) -> np.ndarray:
@@ -134,19 +137,19 @@ class Store:
         names = [column.name for column in self.plan.layout.columns]
         if name not in names:
             raise UnknownNameError(f"column {name!r} is not in this store; it holds {', '.join(names) or 'none'}")
-        self._check_committed(rows)
-        array = self._root.open_array(name, array_metadata(self.plan, complete=True)[name])
-        with storage_errors(f"read {name} of {self.url}"):
-            return np.asarray(array.oindex[wanted].read().result())
+        self._check_committed(wanted)
+        return read_column(self._root, self.plan, name, wanted)
 
     def _check_committed(self, rows: Int[np.ndarray, " n"]) -> None:
         """Refuses rows of an unfinished store that are not written yet. Costs one read, one listing if unfinished."""
         if self.complete:
             return
-        waiting = {int(row) // self.plan.layout.block_samples for row in rows} - committed_blocks(self._root)
-        if waiting:
+        starts, stops = np.array([(0, 0), *committed_ranges(self._root, self.plan)]).T
+        waiting = rows >= stops[np.searchsorted(starts, rows, side="right") - 1]
+        if waiting.any():
+            block = int(rows[waiting].min()) // self.plan.layout.block_samples
             raise UnfinishedStoreError(
-                f"{self.url} is unfinished: block {min(waiting)} of the rows asked for is not committed; run the "
+                f"{self.url} is unfinished: block {block} of the rows asked for is not committed; run the "
                 "command that writes it again, or ask for other rows"
             )
 
@@ -188,7 +191,7 @@ def open(url: str | os.PathLike[str], *, partial: bool = False) -> Store:  # noq
 
     Args:
         url: where it is.
-        partial: True also opens a store that is still being written.
+        partial: True also opens a store that is still being written, or appended to.
 
     Raises:
         StoreNotFoundError: there is no store at `url`.
@@ -200,7 +203,7 @@ def open(url: str | os.PathLike[str], *, partial: bool = False) -> Store:  # noq
         >>> rows = next(store.batches(site="resid_post", layer=12, batch_size=4096))  # doctest: +SKIP
     """
     root = Root.of(url)
-    plan = read_plan(root)
+    plan = read_plan(root, unfinished=partial)
     if not partial:
         check_complete(root, plan)
     return Store(root, plan)
@@ -234,6 +237,51 @@ def create(
     writer = Writer(Root.of(url), plan, seal=seal, assets=assets)
     if documents is not None:
         write_table(writer.root, plan, documents)
+    return writer
+
+
+def append(
+    url: str | os.PathLike[str],
+    provenance: Mapping[str, Any],
+    *,
+    samples: int = 0,
+    sites: Sequence[Site] = (),
+    documents: DocumentTable | None = None,
+    seal: bool = True,
+) -> Writer:
+    """Adds samples, or layers and sites, to a finished store, and returns the writer of what is added.
+
+    Nothing that is there is lost or changed: readers see the store as it was until the addition is sealed, and then
+    all of it. The blocks to write and their samples are `writer.missing()` and `writer.block_range(block)`. Calling it
+    again with the same arguments continues, as with `create`.
+
+    Args:
+        url: of a finished store.
+        provenance: what produced the added rows, as JSON.
+        samples: number of samples to add, after those that are there. They have every site, layer and column of the
+            store. If the last block was short, it is written again with the old rows first.
+        sites: sites to add for all samples, or known sites with only the layers to add.
+        documents: where the added samples come from, if the store keeps documents; their numbers in the column
+            `document` begin with `writer.plan.first_document`.
+        seal: False leaves the addition open for other writers when this one ends.
+
+    Raises:
+        StoreNotFoundError: there is no store at `url`.
+        UnfinishedStoreError: it is not complete; what it lacks comes first.
+        InputError: nothing or both kinds are added, or it does not fit what is there.
+        PlanMismatchError: something else is being added already; the differing fields are named.
+        SealedStoreError: this was added already.
+    """
+    root = Root.of(url)
+    table = documents.layout if documents else None
+    plan = appended_plan(
+        root, lambda before: extend(before, provenance, samples=samples, sites=sites, documents=table)
+    )  # fmt: skip
+    if documents is not None:
+        refuse_known_ids(root, lineage(root, plan)[-2], documents)
+    writer = Writer(root, plan, seal=seal)
+    if documents is not None:
+        write_table(root, plan, documents)
     return writer
 
 

@@ -1,7 +1,8 @@
 """Shuffled minibatches of a finished store: seeded, endless or for some epochs, and resumable from a few numbers.
 
 The order is `actstore.shuffle`'s: a pure function of seed, epoch and position. Reading goes window by window: all
-chunks of a window are read into one buffer by many concurrent reads, while the window before is handed out.
+chunks of a window are read into one buffer by many concurrent reads and compared with their commit markers, while the
+window before is handed out.
 """
 
 import dataclasses
@@ -12,15 +13,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 import numpy as np
-import tensorstore as ts
 from jaxtyping import Int64, Shaped
 
 from actstore.errors import InputError
-from actstore.kvstore import Root, storage_errors
+from actstore.gather import Source, gather
+from actstore.kvstore import Root
 from actstore.layout import Layout, whole_number
-from actstore.metadata import array_metadata
 from actstore.schema import Plan
 from actstore.shuffle import BlockOrder
+from actstore.vouchers import Vouchers
 
 WINDOW_BYTES = 256 << 20  # 512 chunks of 512 KiB
 
@@ -65,18 +66,18 @@ class Batches:
         epochs: int | None = None,
         drop_remainder: bool = True,
         window_bytes: int = WINDOW_BYTES,
+        check: bool = True,
     ) -> None:
         where = plan.layout.site(site)
         index = where.layer_index(layer)
         _check(plan.layout, batch_size, seed, epochs, window_bytes, drop_remainder=drop_remainder)
-        array = root.open_array(site, array_metadata(plan, complete=True)[site])
-        self._array = array if where.layers is None else array[index]
-        self._dtype = self._array.dtype.numpy_dtype
+        vouchers = Vouchers(root, plan, only=(site, index)) if check else None
+        self._source, self._layer = Source.open(root, plan, site, vouchers=vouchers), index
+        self._dtype = self._source.array.dtype.numpy_dtype
         self._width, self._chunk = where.width, plan.layout.chunk_samples
-        window_chunks = max(window_bytes // (where.row_bytes * self._chunk), 1)
+        window_chunks = _window_chunks(plan.layout, window_bytes, where.row_bytes)
         self._order = BlockOrder(plan.layout.samples, seed, self._chunk, window_chunks)
         self._batch_size, self._epochs, self._drop = batch_size, epochs, drop_remainder
-        self._doing = f"read {site} of {root.url}"
         self._identity = _identity(plan, site, index, batch_size, seed, window_chunks, drop_remainder)
         self._epoch, self._position = 0, 0
         self._reader: ThreadPoolExecutor | None = None
@@ -94,7 +95,7 @@ class Batches:
         Raises:
             StopIteration: `epochs` epochs were given.
             StorageError: reading failed; the iterator stays where it was, calling again retries.
-            CorruptStoreError: stored bytes are damaged.
+            CorruptStoreError: a shard is missing, damaged, swapped or stale; names site, layer and block.
         """
         samples = self._order.samples
         left = samples - self._position
@@ -195,17 +196,11 @@ class Batches:
         _, last = self._order.window_at(epoch, first)
         samples = self._order.rows(epoch, first, last)
         chunks, member = np.unique(samples // self._chunk, return_inverse=True)
-        pool = np.empty((len(chunks) * self._chunk, self._width), self._dtype)
-        with storage_errors(self._doing):
-            for future in [self._start(pool, place, int(chunk)) for place, chunk in enumerate(chunks)]:
-                future.result()
+        stored = (chunks[:, None] * self._chunk + np.arange(self._chunk)).reshape(-1)
+        stored = stored[: np.searchsorted(stored, self._order.samples)]  # only the store's last chunk can be short
+        pool = np.empty((len(stored), self._width), self._dtype)
+        gather(self._source, [self._layer], stored, pool[None])
         return _Window(_as_integers(pool), member * self._chunk + samples % self._chunk, samples)
-
-    def _start(self, pool: Shaped[np.ndarray, "rows width"], place: int, chunk: int) -> Any:
-        """Starts reading one chunk straight into its place in `pool`."""
-        source = self._array[chunk * self._chunk : min((chunk + 1) * self._chunk, self._order.samples)]
-        target = pool[place * self._chunk : place * self._chunk + source.shape[0]]
-        return ts.array(target).write(source)
 
 
 def _check(
@@ -225,6 +220,19 @@ def _check(
             f"batch_size is {batch_size:,}, the store holds {layout.samples:,} samples: no batch would ever be full; "
             "use a smaller batch_size, or drop_remainder=False"
         )
+
+
+def _window_chunks(layout: Layout, window_bytes: int, row_bytes: int) -> int:
+    """Chunks of a window of about `window_bytes`: fewer where rows or chunks are so small that numbers outweigh them.
+
+    Shuffling takes about 100 bytes per sample, reading some kilobytes per chunk. A store that is smaller than these
+    bounds cannot exceed them.
+    """
+    wanted = max(window_bytes // (row_bytes * layout.chunk_samples), 1)
+    samples, chunks = max(window_bytes // 256, 1 << 16), max(window_bytes // (32 << 10), 1 << 10)
+    if layout.samples <= min(samples, chunks * layout.chunk_samples):
+        return wanted
+    return max(min(wanted, samples // layout.chunk_samples, chunks), 1)
 
 
 def _as_integers(rows: Shaped[np.ndarray, "rows width"]) -> Shaped[np.ndarray, "rows width"]:

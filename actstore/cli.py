@@ -18,6 +18,7 @@ from actstore.errors import ActstoreError, CorruptStoreError, InputError
 from actstore.garbage import find_garbage, remove_garbage
 from actstore.kvstore import Root
 from actstore.repair import repair as repair_store
+from actstore.schema import printable
 from actstore.terminal import Work, human_bytes
 from actstore.verify import Depth, Report
 from actstore.verify import verify as verify_store
@@ -77,8 +78,9 @@ def info(store: StoreArgument, as_json: JsonOption = False) -> None:
         typer.echo(json.dumps(card))
         return
     for name, value in card.items():
-        shown = "; ".join(str(part) for part in value) if isinstance(value, list) else value
-        typer.echo(f"{name:<12} {shown if name != 'bytes' else human_bytes(value)}")
+        shown = "; ".join(str(part) for part in value) if isinstance(value, list) else str(value)
+        text = human_bytes(value) if name == "bytes" else printable(shown, most=2000)  # names may hold escape codes
+        typer.echo(f"{name:<12} {text}")
 
 
 @app.command(epilog="Example: actstore head run.acts.zarr --count 5 --window 8")
@@ -156,14 +158,15 @@ def describe(store: actstore.Store) -> dict[str, Any]:
     return {
         "url": store.url,
         "status": "complete" if store.complete else "unfinished",
-        "committed": f"{store.committed} of {layout.blocks} blocks",
+        "committed": f"{store.committed} of {len(plan.blocks)} blocks",
+        "generation": plan.generation,
         "model": str(model.get("name", "unknown")) if isinstance(model, dict) else "unknown",
         "sites": [
             f"{site.name} {'' if site.layers is None else list(site.layers)} x {site.width} {site.dtype}"
             for site in layout.sites
         ],
         "samples": layout.samples,
-        "documents": plan.documents.documents if plan.documents else 0,
+        "documents": sum(table.documents for table in plan.tables if table),
         "bytes": layout.data_bytes,
         "shards": f"{layout.block_samples} samples, chunks of {layout.chunk_samples}, {layout.codec}",
         "columns": [column.name for column in layout.columns],
@@ -177,7 +180,7 @@ def row_lines(store: actstore.Store, rows: np.ndarray, *, window: int) -> list[d
     dataset = store.dataset().isel(sample=rows)
     columns = {column.name: dataset[column.name].values for column in store.plan.layout.columns}
     norms = {site.name: np.atleast_2d(dataset[f"{site.name}_norm"].values) for site in store.sites}
-    texts = store.text(rows, window=window) if store.plan.documents else [None] * len(rows)
+    texts = store.text(rows, window=window) if any(store.plan.tables) else [None] * len(rows)
     lines: list[dict[str, Any]] = []
     for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
         line: dict[str, Any] = {"sample": int(row)}

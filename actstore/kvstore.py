@@ -7,10 +7,12 @@ folder.
 
 import dataclasses
 import errno
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +29,7 @@ from actstore.errors import (
     StoragePermissionError,
     StoreError,
 )
+from actstore.objects import kind_of
 
 Result = TypeVar("Result")
 SUFFIX = ".acts.zarr"
@@ -49,6 +52,9 @@ _STATUS: list[tuple[str, type[StoreError], str]] = [
     ("OUT_OF_RANGE", CorruptStoreError, "run `actstore verify`"),
     ("Requested byte range", CorruptStoreError, "run `actstore verify`"),  # an object shorter than its index
     ("Not enough data", CorruptStoreError, "run `actstore verify`"),  # an empty object
+    ("ZSTD_", CorruptStoreError, "run `actstore verify`"),  # FAILED_PRECONDITION, as are refused writes
+    ("Truncated Zstd", CorruptStoreError, "run `actstore verify`"),
+    ("End of data", CorruptStoreError, "run `actstore verify`"),  # a chunk of another size: of another array
     ("NOT_FOUND", CorruptStoreError, "run `actstore verify`"),
     ("DEADLINE_EXCEEDED", StorageError, "the storage is too slow or gone: run the same command again later"),
     ("UNAVAILABLE", StorageError, "the storage is not reachable: run the same command again later"),
@@ -89,24 +95,40 @@ class Root:
         """The object under `key`, or None.
 
         Raises:
-            CorruptStoreError: it has more than `most_bytes`; nothing of it was read.
+            CorruptStoreError: it has more than `most_bytes`, or is no file; nothing of it was read.
         """
-        with storage_errors(f"read {key} of {self.url}"), suppress(FileNotFoundError, NotADirectoryError):
-            size = (self.path / key).stat().st_size
-            if size > most_bytes:
-                raise CorruptStoreError(
-                    f"{self.url}/{key} has {size:,} bytes, expected at most {most_bytes:,}; it was not read: restore "
-                    "it from a copy"
-                )
+        self._look(key, most_bytes)
         result = self._call(f"read {key}", lambda kv: kv.read(key))
         return bytes(result.value) if result.state == "value" else None
 
+    def digest(self, key: str, *, most_bytes: int) -> str | None:
+        """SHA-256 of the object under `key`, or None. Costs reading it, and 1 MiB of memory.
+
+        Raises:
+            CorruptStoreError: it has more than `most_bytes`; nothing of it was read.
+        """
+        self._look(key, most_bytes)
+        found = hashlib.sha256()
+        with storage_errors(f"read {key} of {self.url}"), suppress(FileNotFoundError, NotADirectoryError):
+            with (self.path / key).open("rb") as file:
+                while piece := file.read(1 << 20):
+                    found.update(piece)
+            return found.hexdigest()
+        return None
+
+    def size(self, key: str) -> int:
+        """Bytes of the object under `key`; 0 where there is none."""
+        with storage_errors(f"look at {key} of {self.url}"), suppress(FileNotFoundError, NotADirectoryError):
+            return (self.path / key).stat().st_size
+        return 0
+
     def write(self, key: str, value: bytes) -> None:
         """Writes the object under `key`, replacing what is there. Durable when it returns."""
+        self.refuse_link(key)
         self._call(f"write {key}", lambda kv: kv.write(key, value))
 
-    def write_pieces(self, key: str, pieces: list[memoryview]) -> None:
-        """Writes one object from pieces that lie apart in memory, without joining them. Durable when it returns."""
+    def write_pieces(self, key: str, pieces: Iterable[memoryview]) -> None:
+        """Writes one object from pieces that are taken one after the other and not joined. Durable when it returns."""
         with storage_errors(f"write {key} of {self.url}"):
             write_durably(self.path / key, pieces)
 
@@ -115,17 +137,19 @@ class Root:
 
         Reads back in every case: a conditional write whose answer was lost is reported as lost although it won.
         """
+        self._look(key, MAX_OBJECT_BYTES)
         found = self._call(f"read {key}", lambda kv: kv.read(key))
         if found.state != "value":
+            self.refuse_link(key)
             generation = found.stamp.generation
             self._call(f"write {key}", lambda kv: kv.write(key, value, if_equal=generation))
             found = self._call(f"read {key}", lambda kv: kv.read(key))
         return bytes(found.value)
 
     def keys(self, prefix: str) -> list[str]:
-        """Keys that start with `prefix`, sorted."""
+        """Keys that start with `prefix`, sorted. Bytes that are not UTF-8 become replacement characters."""
         keys = self._call(f"list {prefix}", lambda kv: kv.list(ts.KvStore.KeyRange(prefix, _after(prefix))))
-        return sorted(key.decode() for key in keys)
+        return sorted(key.decode(errors="replace") for key in keys)
 
     def lock_files(self) -> list[tuple[str, bool]]:
         """Keys of the lock files below the store, and whether a living writer holds each."""
@@ -181,6 +205,25 @@ class Root:
                 f"cannot write {self.url}: the run needs {need_bytes:,} bytes, {free:,} are free in {parent}; "
                 "free some space, choose another target, or store fewer layers or samples"
             )
+
+    def _look(self, key: str, most_bytes: int) -> None:
+        """Refuses an object that is too large, or on which reading would wait for ever."""
+        with storage_errors(f"read {key} of {self.url}"), suppress(FileNotFoundError, NotADirectoryError):
+            found = (self.path / key).stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise CorruptStoreError(
+                    f"{self.url}/{key} is {kind_of(found.st_mode)}, expected a file; restore it from a copy"
+                )
+            if found.st_size > most_bytes:
+                raise CorruptStoreError(
+                    f"{self.url}/{key} has {found.st_size:,} bytes, expected at most {most_bytes:,}; it was not read: "
+                    "restore it from a copy"
+                )
+
+    def refuse_link(self, key: str) -> None:
+        """Refuses to write where the lock file is a link: TensorStore would write to the file that it leads to."""
+        if (self.path / f"{key}{LOCK_SUFFIX}").is_symlink():
+            raise CorruptStoreError(f"{self.url}/{key}{LOCK_SUFFIX} is a link, expected a file; remove it")
 
     def _spec(self) -> dict[str, str]:
         return {"driver": "file", "path": f"{self.path}/"}

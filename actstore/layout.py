@@ -22,10 +22,14 @@ ITEM_BYTES: dict[str, int] = {
     "int8": 1, "int16": 2, "int32": 4, "int64": 8, "uint8": 1, "uint16": 2, "uint32": 4,
 }  # fmt: skip
 SHARD_BYTES = 128 << 20  # fewer objects than that cost requests, more cost memory: all shards of a block are in memory
+BLOCKS_IN_MEMORY = 3  # of a run: one is filled while two are written
 CHUNK_BYTES = 512 << 10  # small enough to shuffle well, large enough to stream: docs/explanation/layout.md
 MAX_SHARD_BYTES = 1 << 30  # TensorStore has no multipart upload
 MAX_CHUNK_BYTES = 64 << 20  # what one read decodes at least; a hostile store may not ask for more memory than that
-MAX_SAMPLES, MAX_BLOCKS, MAX_BLOCK_SAMPLES = 1 << 40, 10_000_000, 1 << 26
+MAX_SAMPLES, MAX_BLOCKS = 1 << 40, 10_000_000
+MAX_BLOCK_SAMPLES = 1 << 23  # a column's chunk is a block: 64 MiB
+MAX_CHUNK_SAMPLES = 1 << 20  # shuffling takes about 100 bytes for each sample of a chunk
+MAX_BLOCK_SHARDS = 1 << 14  # of all sites and layers: a marker vouches for each
 MAX_WIDTH = 1 << 20
 MAX_SITES, MAX_LAYERS, MAX_COLUMNS = 256, 1024, 256
 RESERVED = frozenset({"layer", "sample", "hidden", "valid", "documents", "stats", "assets"})
@@ -167,6 +171,7 @@ class Layout:
                            (self.chunk_samples, "chunk_samples")]:  # fmt: skip
             if size < 1:
                 raise InputError(f"{what} is {size}; expected a positive number")
+        self._check_sizes()
         if self.block_samples % self.chunk_samples:
             raise InputError(
                 f"block_samples {self.block_samples} is not a multiple of chunk_samples {self.chunk_samples}; "
@@ -179,11 +184,6 @@ class Layout:
                 f"most {MAX_SHARD_BYTES:,} can be written at once; use block_samples <= "
                 f"{MAX_SHARD_BYTES // largest.row_bytes}"
             )
-        for size, what, most in [
-            (self.samples, "samples", MAX_SAMPLES), (self.block_samples, "block_samples", MAX_BLOCK_SAMPLES),
-        ]:  # fmt: skip
-            if size > most:
-                raise InputError(f"{what} is {size:,}; expected at most {most:,}")
         if self.blocks > MAX_BLOCKS:
             raise InputError(
                 f"{self.samples:,} samples in blocks of {self.block_samples:,} are {self.blocks:,} blocks, at most "
@@ -195,6 +195,16 @@ class Layout:
                 f"most {MAX_CHUNK_BYTES:,} are read at once; use smaller chunks"
             )
 
+    def _check_sizes(self) -> None:
+        """Refuses numbers over their limits, before any arithmetic: a hostile store may give thousands of digits."""
+        for size, what, most in [
+            (self.samples, "samples", MAX_SAMPLES), (self.block_samples, "block_samples", MAX_BLOCK_SAMPLES),
+            (self.chunk_samples, "chunk_samples", MAX_CHUNK_SAMPLES),
+            (sum(site.rows_per_sample for site in self.sites), "the number of layers of all sites", MAX_BLOCK_SHARDS),
+        ]:  # fmt: skip
+            if size > most:
+                raise InputError(f"{what} is {size:,}; expected at most {most:,}")
+
     @classmethod
     def fit(
         cls,
@@ -204,7 +214,7 @@ class Layout:
         block_samples: int | None = None,
         columns: Sequence[Column] = DEFAULT_COLUMNS,
         codec: Codec = "crc32c",
-        memory_bytes: int = 2 << 30,
+        memory_bytes: int = 4 << 30,
     ) -> "Layout":
         """The layout with shards of about 128 MiB and chunks of about 512 KiB.
 
@@ -215,7 +225,8 @@ class Layout:
                 by an eighth at most.
             columns: numbers kept per sample.
             codec: of the chunks.
-            memory_bytes: upper bound for one block with all its sites and layers, which a writer holds in memory.
+            memory_bytes: upper bound for what a run holds: three blocks with all their sites and layers, one being
+                filled and two being written. A given `block_samples` goes before it.
         """
         if not sites:
             raise InputError("a layout needs at least one site, found none")
@@ -223,7 +234,8 @@ class Layout:
         chunk = _power_of_two(CHUNK_BYTES // widest)
         if block_samples is None:
             sample_bytes = sum(site.row_bytes * site.rows_per_sample for site in sites)
-            block_samples = _power_of_two(min(SHARD_BYTES // widest, memory_bytes // sample_bytes, MAX_BLOCK_SAMPLES))
+            most = memory_bytes // BLOCKS_IN_MEMORY // sample_bytes
+            block_samples = _power_of_two(min(SHARD_BYTES // widest, most, MAX_BLOCK_SAMPLES))
             chunk = min(chunk, block_samples)
             whole = math.ceil(max(samples, 1) / chunk) * chunk  # a small store is one block, without much padding
             block_samples = min(block_samples, whole)
@@ -260,6 +272,11 @@ class Layout:
     def block_bytes(self) -> int:
         """Bytes of activations of one block: what a writer holds in memory per block."""
         return self.block_samples * self.sample_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of activations that a run holds at once: one block being filled, two being written."""
+        return BLOCKS_IN_MEMORY * self.block_bytes
 
     def block_range(self, block: int) -> tuple[int, int]:
         """First and one-past-last sample of a block.

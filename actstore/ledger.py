@@ -3,18 +3,27 @@
 Protocol: create the plan; write blocks in any order, from any number of processes, each with its marker last; seal.
 A block is committed when its marker is there with the plan's fingerprint. Every step may be repeated, by anybody.
 Nothing here needs a coordinator, a lock or a conditional write.
+
+A finished store may be appended to: the next generation has a plan, markers, manifest and seal of its own in a folder
+of its own. The root group says which generation is complete; until the next one is sealed, readers see that one.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 import xxhash
 from jaxtyping import Shaped
 
 from actstore.errors import CorruptStoreError, InputError, SealedStoreError, StoreNotFoundError, UnfinishedStoreError
+from actstore.generations import added_sites, base_of, first_layer
 from actstore.kvstore import Root
-from actstore.metadata import array_metadata, documents_group, group_metadata
+from actstore.layout import norm_name
+from actstore.metadata import array_metadata, documents_group, group_metadata, shard_key, table_group, table_groups
 from actstore.schema import (
     FORMAT,
     Manifest,
@@ -32,6 +41,12 @@ MARKER_FOLDER = ".act/commits/"
 TABLE_KEY = ".act/documents.json"
 MANIFEST_KEY = ".act/manifest.json"
 SEAL_KEY = ".act/SEALED.json"
+_MARKER_NAME = re.compile(r"[0-9]{8}\.json")
+
+
+def key_in(generation: int, key: str) -> str:
+    """Where a later generation keeps what the first keeps under `key`."""
+    return key if generation == 1 else key.replace(".act/", f".act/generations/{generation}/", 1)
 
 
 def create_plan(root: Root, plan: Plan) -> None:
@@ -40,70 +55,174 @@ def create_plan(root: Root, plan: Plan) -> None:
     Raises:
         PlanMismatchError: another plan is there; the differing fields are named.
     """
-    stored = Plan.from_json(root.create(PLAN_KEY, plan.to_json()), where=f"{root.url}/{PLAN_KEY}")
+    key = key_in(plan.generation, PLAN_KEY)
+    stored = Plan.from_json(root.create(key, plan.to_json()), where=f"{root.url}/{key}")
     plan.refuse_other(stored, url=root.url)
 
 
-def read_plan(root: Root) -> Plan:
-    """The plan of the store at `root`.
+def read_plan(root: Root, *, unfinished: bool = False) -> Plan:
+    """The plan of the store at `root`: that of its newest complete generation, or of the first, finished or not.
+
+    Args:
+        root: place of the store.
+        unfinished: True gives the generation that is being written, if there is one.
 
     Raises:
         StoreNotFoundError: there is none here.
         CorruptStoreError: it is damaged.
     """
-    data = root.read(PLAN_KEY)
-    if data is None:
+    plan = _stored_plan(root, 1)
+    if plan is None:
         raise StoreNotFoundError(
             f"no activation store at {root.url}: found no {PLAN_KEY}, expected a folder made by `actstore extract` or "
             "`actstore.create`; check the path"
         )
-    return Plan.from_json(data, where=f"{root.url}/{PLAN_KEY}")
+    complete = _complete_generations(root)
+    while plan.generation < complete:
+        plan = _next_plan(root, plan, required=True)
+    return _next_plan(root, plan, required=False) if unfinished and complete else plan
 
 
-def read_status(root: Root, plan: Plan) -> str:
-    """`writing` or `complete`, from the root group's attributes.
+def lineage(root: Root, plan: Plan) -> tuple[Plan, ...]:
+    """The plans of all generations up to `plan`, oldest first. One small read for each before it.
+
+    Raises:
+        CorruptStoreError: one is missing, damaged, or does not lead to the next.
+    """
+    plans = [plan]
+    while (base := plans[0].base) is not None:
+        before = _stored_plan(root, base.generation)
+        if before is None or before.fingerprint != base.fingerprint:
+            raise CorruptStoreError(
+                f"{root.url}/{key_in(base.generation, PLAN_KEY)} is missing or is not the plan that generation "
+                f"{plans[0].generation} was appended to; restore it from a copy"
+            )
+        plans.insert(0, before)
+    return tuple(plans)
+
+
+def appended_plan(root: Root, extend: Callable[[Plan], Plan]) -> Plan:
+    """The plan that `extend` makes of the newest complete generation, or the one it made before that is there.
+
+    Raises:
+        UnfinishedStoreError: the store itself is not complete.
+        PlanMismatchError: something else is being appended; the differing fields are named.
+        InputError: `extend` refuses what is there.
+    """
+    plans = lineage(root, read_plan(root, unfinished=True))
+    for before, after in itertools.pairwise(plans):
+        with contextlib.suppress(InputError):  # what was appended then is there now, and would be refused
+            if extend(before).fingerprint == after.fingerprint:
+                return after
+    newest = plans[-1]
+    if read_status(root, newest) == "complete":
+        return extend(newest)
+    if newest.base is None:
+        raise UnfinishedStoreError(
+            f"{root.url} is unfinished: {len(missing_blocks(root, newest))} of {len(newest.blocks)} blocks are "
+            "missing; run the command that writes it again to finish it, then append"
+        )
+    extend(plans[-2]).refuse_other(newest, url=root.url)
+    return newest
+
+
+def _stored_plan(root: Root, generation: int) -> Plan | None:
+    key = key_in(generation, PLAN_KEY)
+    data = root.read(key)
+    if data is None:
+        return None
+    plan = Plan.from_json(data, where=f"{root.url}/{key}")
+    if plan.generation != generation:
+        raise CorruptStoreError(
+            f"{root.url}/{key} is the plan of generation {plan.generation}, expected {generation}; restore it from a "
+            "copy"
+        )
+    return plan
+
+
+def _complete_generations(root: Root) -> int:
+    """How many generations are complete: by the root group, or by the seals where that is damaged."""
+    try:
+        attributes = _root_attributes(root)
+        return attributes.generation if attributes is not None and attributes.status == "complete" else 0
+    except CorruptStoreError:
+        sealed = itertools.count(1)
+        return next(number for number in sealed if root.read(key_in(number, SEAL_KEY)) is None) - 1
+
+
+def _next_plan(root: Root, plan: Plan, *, required: bool) -> Plan:
+    """The plan that was appended to `plan`; `plan` itself where there is none and none is required."""
+    later = _stored_plan(root, plan.generation + 1)
+    if later is None and not required:
+        return plan
+    if later is None or later.base is None or later.base != base_of(plan):
+        raise CorruptStoreError(
+            f"{root.url}/{key_in(plan.generation + 1, PLAN_KEY)} is missing or was appended to another store than "
+            f"{plan.fingerprint[:12]}; restore it from a copy"
+        )
+    return later
+
+
+def read_status(root: Root, plan: Plan) -> Literal["writing", "complete"]:
+    """`writing` or `complete`: whether the generation of `plan` is complete, from the root group's attributes.
 
     Raises:
         CorruptStoreError: the attributes are damaged or belong to another plan.
     """
+    attributes = _root_attributes(root)
+    if attributes is None:
+        return "writing"  # killed between plan and group: nothing is committed yet
+    if attributes.generation == plan.generation and attributes.fingerprint != plan.fingerprint:
+        raise CorruptStoreError(
+            f"{root.url}/zarr.json belongs to the plan {attributes.fingerprint[:12]}, "
+            f"{key_in(plan.generation, PLAN_KEY)} is {plan.fingerprint[:12]}; "
+            "two stores were mixed: restore the folder from a copy"
+        )
+    if attributes.generation < plan.generation:
+        return "writing"
+    return attributes.status if attributes.generation == plan.generation else "complete"
+
+
+def _root_attributes(root: Root) -> RootAttributes | None:
     data = root.read("zarr.json")
     if data is None:
-        return "writing"  # killed between plan and group: nothing is committed yet
+        return None
     where = f"{root.url}/zarr.json"
     try:
-        attributes = RootAttributes.model_validate(parse_json(data, where=where)["attributes"]["actstore"])
+        return RootAttributes.model_validate(parse_json(data, where=where)["attributes"]["actstore"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptStoreError(
             f"{where} has no valid attribute `actstore` ({type(error).__name__}); restore it from a copy"
         ) from None
-    if attributes.fingerprint != plan.fingerprint:
-        raise CorruptStoreError(
-            f"{where} belongs to the plan {attributes.fingerprint[:12]}, {PLAN_KEY} is {plan.fingerprint[:12]}; "
-            "two stores were mixed: restore the folder from a copy"
-        )
-    return attributes.status
 
 
-def marker_key(block: int) -> str:
+def marker_key(block: int, generation: int = 1) -> str:
     """Key of the marker of a block."""
-    return f"{MARKER_FOLDER}{block:08d}.json"
+    return f"{key_in(generation, MARKER_FOLDER)}{block:08d}.json"
 
 
-def committed_blocks(root: Root) -> set[int]:
-    """Blocks that have a marker: one listing, whose cost grows with the number of blocks."""
-    names = (key.removeprefix(MARKER_FOLDER).removesuffix(".json") for key in root.keys(MARKER_FOLDER))
-    return {int(name) for name in names if name.isdigit()}
+def committed_blocks(root: Root, plan: Plan) -> set[int]:
+    """Blocks that have a marker of the plan's generation: one listing, whose cost grows with the number of blocks."""
+    folder = key_in(plan.generation, MARKER_FOLDER)
+    names = (key.removeprefix(folder) for key in root.keys(folder))
+    return {int(name[:8]) for name in names if _MARKER_NAME.fullmatch(name)}
 
 
 def missing_blocks(root: Root, plan: Plan) -> list[int]:
     """Blocks of the plan that are not committed, ascending. What is left to do: nothing else has to be remembered."""
-    done = committed_blocks(root)
-    return [block for block in range(plan.layout.blocks) if block not in done]
+    done = committed_blocks(root, plan)
+    return [block for block in plan.blocks if block not in done]
 
 
-def write_marker(root: Root, marker: Marker) -> None:
+def committed_ranges(root: Root, plan: Plan) -> list[tuple[int, int]]:
+    """Ranges of samples of which everything that the plan describes is committed, ascending."""
+    done = [plan.block_range(block) for block in sorted(committed_blocks(root, plan)) if block in plan.blocks]
+    return [(0, plan.base.samples), *done] if plan.base and plan.appends_samples else done
+
+
+def write_marker(root: Root, plan: Plan, marker: Marker) -> None:
     """Commits a block. Everything the marker vouches for must be durable before."""
-    root.write(marker_key(marker.block), marker.to_json())
+    root.write(marker_key(marker.block, plan.generation), marker.to_json())
 
 
 def read_marker(root: Root, plan: Plan, block: int) -> Marker:
@@ -112,7 +231,7 @@ def read_marker(root: Root, plan: Plan, block: int) -> Marker:
     Raises:
         CorruptStoreError: missing, damaged, or of another plan or block.
     """
-    key = marker_key(block)
+    key = marker_key(block, plan.generation)
     data = root.read(key)
     if data is None:
         raise CorruptStoreError(f"{root.url}/{key} is missing; block {block} must be written again")
@@ -122,17 +241,50 @@ def read_marker(root: Root, plan: Plan, block: int) -> Marker:
             f"{root.url}/{key} is of block {marker.block} of plan {marker.fingerprint[:12]}, expected block {block} of "
             f"{plan.fingerprint[:12]}; remove it and run the same command again"
         )
+    expected = vouched_arrays(plan)
+    found = {name: len(digests) for name, digests in marker.checksums.items()}
+    if marker.samples != plan.block_range(block) or found != expected:
+        raise CorruptStoreError(
+            f"{root.url}/{key} vouches for samples {marker.samples} of {_counted(found)}; the plan has "
+            f"{plan.block_range(block)} of {_counted(expected)}; remove it and run the same command again"
+        )
+    (start, stop), size = marker.samples, plan.layout.chunk_samples
+    digits = 8 * ((stop - 1) // size - start // size + 1)
+    chunks = {name: [len(layer) for layer in layers] for name, layers in marker.chunks.items()}
+    whole = {site.name: [digits] * site.rows_per_sample for site in added_sites(plan)}
+    if chunks and chunks != whole:
+        wrong = [name for name in sorted({*chunks, *whole}) if chunks.get(name) != whole.get(name)]
+        raise CorruptStoreError(
+            f"{root.url}/{key} does not vouch for every chunk of {wrong[0]}; remove it and run the same command again"
+        )
     return marker
 
 
-def write_table_marker(root: Root, marker: TableMarker) -> None:
-    """Commits the `documents` group."""
-    root.write(TABLE_KEY, marker.to_json())
+def has_marker(root: Root, plan: Plan, block: int) -> bool:
+    """Whether the plan's marker of a block is there."""
+    return root.read(marker_key(block, plan.generation)) is not None
 
 
-def has_table(root: Root) -> bool:
-    """Whether the `documents` group is committed."""
-    return root.read(TABLE_KEY) is not None
+def vouched_arrays(plan: Plan) -> dict[str, int]:
+    """The arrays that a marker of the plan vouches for, with how many layers of each."""
+    sites = {site.name: site.rows_per_sample for site in added_sites(plan)}
+    columns = plan.layout.columns if plan.adds_samples else ()
+    return sites | {norm_name(name): count for name, count in sites.items()} | {column.name: 1 for column in columns}
+
+
+def _counted(arrays: dict[str, int]) -> str:
+    shown = [f"{name} x {count}" for name, count in sorted(arrays.items())]
+    return ", ".join(shown[:6]) + f" and {len(shown) - 6} more" * (len(shown) > 6)
+
+
+def write_table_marker(root: Root, plan: Plan, marker: TableMarker) -> None:
+    """Commits the documents of a plan."""
+    root.write(key_in(plan.generation, TABLE_KEY), marker.to_json())
+
+
+def has_table(root: Root, plan: Plan) -> bool:
+    """Whether the documents of a plan are committed."""
+    return root.read(key_in(plan.generation, TABLE_KEY)) is not None
 
 
 def write_assets(root: Root, plan: Plan, assets: Mapping[str, bytes]) -> None:
@@ -157,43 +309,99 @@ def checksum(values: Shaped[np.ndarray, "..."]) -> str:
 def create_nodes(root: Root, plan: Plan) -> None:
     """Writes the `zarr.json` of the group and of every array, unless they are there. Safe from many processes.
 
+    Those of a later generation are written when it is sealed: until then readers see the one before.
+
     Raises:
         SealedStoreError: the store is complete.
+        UnfinishedStoreError: the plan appends to a generation that is not complete.
     """
-    if root.read(SEAL_KEY) is not None:
+    if root.read(key_in(plan.generation, SEAL_KEY)) is not None:
         raise SealedStoreError(
             f"{root.url} is complete: nothing is left to write; for another run choose another target"
         )
+    if plan.base is not None:
+        _check_base(root, plan)
+        return
     arrays = array_metadata(plan, complete=False)
     missing = {key for key in ["zarr.json", *(f"{name}/zarr.json" for name in arrays)] if root.read(key) is None}
     for name, metadata in arrays.items():
         if f"{name}/zarr.json" in missing:
             root.create(f"{name}/zarr.json", canonical_json(metadata))
-    if plan.documents is not None:
-        root.create("documents/zarr.json", canonical_json(documents_group()))
+    for group in table_groups(plan):
+        root.create(f"{group}/zarr.json", canonical_json(documents_group()))
     if "zarr.json" in missing:
         root.create("zarr.json", canonical_json(group_metadata(plan, status="writing")))
+
+
+def is_sealed(root: Root, plan: Plan) -> bool:
+    """Whether the generation of the plan is finished.
+
+    Raises:
+        PlanMismatchError: it is, and is that of another plan; the differing fields are named.
+        CorruptStoreError: its plan or the root group is damaged.
+    """
+    if root.read(key_in(plan.generation, SEAL_KEY)) is None:
+        return False
+    stored = _stored_plan(root, plan.generation)
+    if stored is not None:
+        plan.refuse_other(stored, url=root.url)
+    read_status(root, plan)  # raises where the root group is damaged
+    return True
 
 
 def seal(root: Root, plan: Plan) -> None:
     """Completes a store whose blocks are all committed: manifest, true shapes, status, seal. Safe to repeat.
 
+    Costs one listing per site, to see that every shard is there, and one small read per block. Shards are not read:
+    `verify` does that, and readers compare every chunk with its marker.
+
     Raises:
         UnfinishedStoreError: blocks are missing; says how many and which first.
+        CorruptStoreError: shards of committed blocks are gone.
     """
     missing = missing_blocks(root, plan)
     if missing:
         raise UnfinishedStoreError(
-            f"{root.url} cannot be sealed: {len(missing)} of {plan.layout.blocks} blocks are not committed, first "
+            f"{root.url} cannot be sealed: {len(missing)} of {len(plan.blocks)} blocks are not committed, first "
             f"{missing[:5]}; write them, then seal again"
         )
-    if plan.documents is not None and not has_table(root):
+    if plan.base is not None:
+        _check_base(root, plan)
+    if plan.documents is not None and not has_table(root, plan):
         raise UnfinishedStoreError(f"{root.url} cannot be sealed: its documents are not written; write them, then seal")
-    markers = tuple(read_marker(root, plan, block) for block in range(plan.layout.blocks))
+    markers = tuple(read_marker(root, plan, block) for block in plan.blocks)
+    _refuse_lost_shards(root, plan)
     manifest = Manifest(format=FORMAT, fingerprint=plan.fingerprint, blocks=markers).to_json()
-    root.write(MANIFEST_KEY, manifest)
+    root.write(key_in(plan.generation, MANIFEST_KEY), manifest)
+    if plan.base is not None and plan.documents is not None:
+        root.write(f"{table_group(plan.generation)}/zarr.json", canonical_json(documents_group()))
     for name, metadata in array_metadata(plan, complete=True).items():
         root.write(f"{name}/zarr.json", canonical_json(metadata))  # the shape shrinks; no chunk is touched
     root.write("zarr.json", canonical_json(group_metadata(plan, status="complete")))
     digest = hashlib.sha256(manifest).hexdigest()
-    root.write(SEAL_KEY, Seal(format=FORMAT, fingerprint=plan.fingerprint, manifest_sha256=digest).to_json())
+    seal = Seal(format=FORMAT, fingerprint=plan.fingerprint, manifest_sha256=digest)
+    root.write(key_in(plan.generation, SEAL_KEY), seal.to_json())
+
+
+def _refuse_lost_shards(root: Root, plan: Plan) -> None:
+    for site in added_sites(plan):
+        found = set(root.keys(f"{site.name}/c/"))
+        first = first_layer(plan, site.name)
+        for block, index in itertools.product(plan.blocks, range(site.rows_per_sample)):
+            key = shard_key(site, first + index, block)
+            if key not in found:
+                layer = "" if site.layers is None else f", layer {site.layers[index]}"
+                raise CorruptStoreError(
+                    f"{root.url} cannot be sealed: {site.name}{layer}, block {block} is committed, but its shard "
+                    f"{key} is gone; run `actstore repair`, then write what is missing and seal again"
+                )
+
+
+def _check_base(root: Root, plan: Plan) -> None:
+    """Refuses to touch a store whose generation before is not complete."""
+    before = lineage(root, plan)[-2]
+    if read_status(root, before) != "complete":
+        raise UnfinishedStoreError(
+            f"{root.url}: generation {before.generation} is not complete, generation {plan.generation} was appended "
+            "to it; run the command that wrote that one again, then this one"
+        )

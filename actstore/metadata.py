@@ -30,25 +30,49 @@ def array_metadata(plan: Plan, *, complete: bool) -> dict[str, Json]:
         arrays[site.name] = _activations(layout, site, samples)
         arrays[norm_name(site.name)] = _norms(layout, site, samples)
         if site.layers is not None:
-            arrays[layout.layer_dimension(site)] = _labels(layout, site)
+            arrays[layout.layer_dimension(site)] = _labels(plan, site)
     for column in layout.columns:
         arrays[column.name] = _column(layout, column, samples)
     arrays["valid"] = _array(
         [samples], "uint8", [layout.block_samples], ["sample"], 0,
         {"long_name": "committed", "description": "1 where the sample is committed, 0 where it is not"},
     )  # fmt: skip
-    if plan.documents is not None:
-        arrays |= {f"documents/{name}": metadata for name, metadata in table_metadata(plan.documents).items()}
+    for group, table in table_groups(plan).items():
+        arrays |= {f"{group}/{name}": metadata for name, metadata in table_metadata(table).items()}
     return arrays
+
+
+def shard_key(site: Site, layer: int, block: int) -> str:
+    """Key of the object that holds a block of one layer, by its index on the layer axis."""
+    return f"{site.name}/c/{block}/0" if site.layers is None else f"{site.name}/c/{layer}/{block}/0"
+
+
+def table_groups(plan: Plan) -> dict[str, DocumentTableLayout]:
+    """The groups that hold document tables, oldest first: one for each generation that has documents."""
+    names = {number: table_group(number) for number in range(1, plan.generation + 1)}
+    return {names[number]: table for number, table in enumerate(plan.tables, start=1) if table is not None}
+
+
+def table_group(generation: int) -> str:
+    """Name of the group that holds the documents of a generation; no column or site can have the later names."""
+    return "documents" if generation == 1 else f"documents-{generation}"
+
+
+def label_chunks(plan: Plan) -> dict[str, int]:
+    """Chunk length of every label array: its length when it was made, so that added labels leave its chunks alone."""
+    layout, there = plan.layout, plan.base.labels if plan.base else {}
+    names = {layout.layer_dimension(site): len(site.layers) for site in layout.sites if site.layers is not None}
+    return {name: there.get(name, count) for name, count in names.items()}
 
 
 def group_metadata(plan: Plan, *, status: Literal["writing", "complete"]) -> Json:
     """`zarr.json` of the root group, with the metadata of all arrays consolidated into it."""
-    attributes = RootAttributes(format=FORMAT, status=status, fingerprint=plan.fingerprint)
+    attributes = RootAttributes(
+        format=FORMAT, status=status, fingerprint=plan.fingerprint, generation=plan.generation
+    )  # fmt: skip
     model = plan.provenance.get("model")
     nodes = array_metadata(plan, complete=status == "complete")
-    if plan.documents is not None:
-        nodes["documents"] = documents_group()
+    nodes |= {group: documents_group() for group in table_groups(plan)}
     return {
         "zarr_format": 3,
         "node_type": "group",
@@ -125,11 +149,12 @@ def _norms(layout: Layout, site: Site, samples: int) -> Json:
     return _array(shape, "float32", chunk, dimensions, "NaN", attributes)
 
 
-def _labels(layout: Layout, site: Site) -> Json:
+def _labels(plan: Plan, site: Site) -> Json:
     """The layer labels of a site: a coordinate that xarray indexes."""
     labels = site.layers or ()
-    name = layout.layer_dimension(site)
-    return _array([len(labels)], "int32", [len(labels)], [name], -1, {"long_name": "layer of the model"})
+    name = plan.layout.layer_dimension(site)
+    chunk = label_chunks(plan)[name]
+    return _array([len(labels)], "int32", [chunk], [name], -1, {"long_name": "layer of the model"})
 
 
 def _column(layout: Layout, column: Column, samples: int) -> Json:

@@ -1,5 +1,8 @@
 """Statistics of activation rows. Pure NumPy: no input, no output."""
 
+from collections.abc import Iterator
+from types import EllipsisType
+
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt32
@@ -7,7 +10,7 @@ from jaxtyping import Float32, Shaped, UInt32
 from actstore.errors import InputError
 
 _LARGEST = {"float16": 65_504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
-_ROWS_AT_ONCE = 128  # 128 x 896 float32 is 0.5 MB and stays in the cache: 1.6 times as fast as 1,024 rows
+_VALUES_AT_ONCE = 1 << 17  # 0.5 MB of float32 stays in the cache: 1.4 to 1.6 times as fast as 2 MB
 
 
 def to_float32(
@@ -28,9 +31,10 @@ def to_float32(
 def row_norms(rows: Shaped[np.ndarray, "sample width"]) -> Float32[np.ndarray, " sample"]:
     """Euclidean norm of each row, summed in float32; inf where a square overflows. 5 GB/s of bfloat16 on one core."""
     norms = np.empty(len(rows), np.float32)
-    wide = np.empty((_ROWS_AT_ONCE, rows.shape[1]), np.uint32)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        part = rows[start : start + _ROWS_AT_ONCE]
+    step = max(_VALUES_AT_ONCE // rows.shape[1], 1)
+    wide = np.empty((min(step, len(rows)), rows.shape[1]), np.uint32)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
         values = to_float32(part, wide[: len(part)])
         with np.errstate(over="ignore", invalid="ignore"):
             norms[start : start + len(part)] = np.sqrt(np.vecdot(values, values))
@@ -50,12 +54,28 @@ def as_stored(values: Shaped[np.ndarray, "*shape"], dtype: str, *, what: str) ->
         raise InputError(
             f"{what} has dtype {values.dtype}; expected {dtype}, or float32 or float64 to be rounded to {dtype}"
         )
-    with np.errstate(over="ignore"):
-        stored = values.astype(target)
-    lost = np.isinf(to_float32(stored)) & np.isfinite(values)
-    if lost.any():
-        advice = "store this site as bfloat16 or float32" if dtype == "float16" else "divide the rows by a number first"
-        raise InputError(
-            f"{what} has a value of {np.abs(values[lost]).max():.6g}, {dtype} ends at {_LARGEST[dtype]:.6g}; {advice}"
-        )
+    stored = np.empty(values.shape, target)
+    for part in _parts(values.shape):  # so that what is computed on the way needs no memory
+        with np.errstate(over="ignore"):
+            stored[part] = values[part].astype(target)
+        lost = np.isinf(to_float32(stored[part])) & np.isfinite(values[part])
+        if lost.any():
+            advice = (
+                "store this site as bfloat16 or float32" if dtype == "float16" else "divide the rows by a number first"
+            )
+            raise InputError(
+                f"{what} has a value of {np.abs(values[part][lost]).max():.6g}, {dtype} ends at {_LARGEST[dtype]:.6g}; "
+                f"{advice}"
+            )
     return stored
+
+
+def _parts(shape: tuple[int, ...]) -> Iterator[tuple[int | slice | EllipsisType, ...]]:
+    """Indices of parts of at most `_VALUES_AT_ONCE` values, or one row, that make up an array."""
+    if len(shape) < 2:
+        yield (...,)
+        return
+    step = max(_VALUES_AT_ONCE // max(shape[-1], 1), 1)
+    for outer in np.ndindex(shape[:-2]):
+        for start in range(0, shape[-2], step):
+            yield (*outer, slice(start, start + step))

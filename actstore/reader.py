@@ -5,56 +5,79 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 import xarray as xr
-from jaxtyping import Shaped
+from jaxtyping import Int64, Shaped
 from xarray.backends import BackendArray, BackendEntrypoint
 from xarray.core import indexing
 
-from actstore.errors import UnfinishedStoreError
-from actstore.kvstore import SUFFIX, Root, storage_errors
-from actstore.ledger import committed_blocks, read_plan, read_status
+from actstore.errors import CorruptStoreError, UnfinishedStoreError
+from actstore.gather import Samples, Source, gather
+from actstore.kvstore import SUFFIX, TIMEOUT_SECONDS, Root, storage_errors
+from actstore.ledger import committed_blocks, committed_ranges, read_plan, read_status
 from actstore.metadata import array_metadata, group_metadata
-from actstore.moments import to_float32
+from actstore.objects import Objects
 from actstore.schema import Plan
+from actstore.vouchers import Vouchers
+
+
+class Committed:
+    """The samples of an unfinished store that are committed, numbered without the gaps. Costs 24 bytes per block."""
+
+    def __init__(self, ranges: list[tuple[int, int]]) -> None:
+        """`ranges` of samples [start, stop), ascending."""
+        edges: Int64[np.ndarray, "range 2"] = np.array(ranges, np.int64).reshape(-1, 2)
+        self._firsts = edges[:, 0]
+        self._ends = np.cumsum(edges[:, 1] - edges[:, 0])
+
+    def __len__(self) -> int:
+        """Number of committed samples."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def stored(self, samples: Samples) -> Samples:
+        """The numbers that samples have in the store. Costs 8 bytes for each."""
+        wanted = np.asarray(samples, np.int64)
+        number = np.searchsorted(self._ends, wanted, side="right")
+        before = np.append(0, self._ends)[number]
+        return self._firsts[number] + (wanted - before) if len(wanted) else wanted
 
 
 class LazyArray(BackendArray):
-    """A stored array that xarray reads piece by piece. bfloat16 becomes float32 unless `raw`."""
+    """A stored array that xarray reads piece by piece. bfloat16 becomes float32 unless `raw`.
 
-    def __init__(self, store: ts.TensorStore, *, raw: bool, doing: str) -> None:
-        self._store = store
-        self._widen = not raw and store.dtype.name == "bfloat16"
-        self._doing = doing
-        self.shape = tuple(store.shape)
-        self.dtype = np.dtype(np.float32) if self._widen else store.dtype.numpy_dtype
+    With `committed` it shows only these samples.
+    """
+
+    def __init__(self, source: Source, *, raw: bool, committed: Committed | None = None) -> None:
+        stored = source.array.dtype
+        self._source, self._committed = source, committed
+        shape = list(source.array.shape)
+        if committed is not None:
+            shape[0 if source.layers is None else 1] = len(committed)
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(np.float32) if not raw and stored.name == "bfloat16" else stored.numpy_dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Shaped[np.ndarray, "..."]:
         """What xarray calls: slices and integer arrays per axis; the rest xarray does in memory."""
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> Shaped[np.ndarray, "..."]:
-        """One read of the selected box. Integer arrays are read as sorted, distinct values, then put in order."""
-        selection: list[Any] = []
-        after: list[Any] = []
-        for index, size in zip(key, self.shape, strict=True):
-            wanted, restore = _plain(index, size)
-            selection.append(wanted)
-            if not isinstance(wanted, int):
-                after.append(restore)
-        with storage_errors(self._doing):
-            data = self._store.oindex[tuple(selection)].read().result()
-        for axis, restore in enumerate(after):
-            if restore is not None:
-                data = np.take(data, restore, axis=axis) if isinstance(restore, np.ndarray) else np.flip(data, axis)
-        return to_float32(data) if self._widen else np.asarray(data)
+        """The selected box. xarray has made steps positive and arrays ascending; it does not look at their bounds."""
+        axes = [_chosen(index, size) for index, size in zip(key, self.shape, strict=True)]
+        layered = self._source.layers is not None
+        layers = [int(layer) for layer in axes[0]] if layered else [0]
+        samples, *rest = axes[1:] if layered else axes
+        samples = samples if self._committed is None else self._committed.stored(samples)
+        out = np.empty((len(layers), len(samples), *map(len, rest)), self.dtype)
+        gather(self._source, layers, samples, out, width=_as_index(rest[0], self.shape[-1]) if rest else slice(None))
+        kept = [len(axis) for index, axis in zip(key, axes, strict=True) if not isinstance(index, int | np.integer)]
+        return out.reshape(kept)
 
 
 class ActstoreBackend(BackendEntrypoint):
     """The xarray engine `actstore`."""
 
     description = "Activation stores (*.acts.zarr), read through TensorStore"
-    open_dataset_parameters = ("filename_or_obj", "drop_variables", "raw", "partial")
+    open_dataset_parameters = ("filename_or_obj", "drop_variables", "raw", "partial", "check")
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
         """Whether this looks like an activation store: a path that ends in `.acts.zarr`."""
@@ -69,11 +92,12 @@ class ActstoreBackend(BackendEntrypoint):
         drop_variables: str | Iterable[str] | None = None,
         raw: bool = False,
         partial: bool = False,
+        check: bool = True,
     ) -> xr.Dataset:
         """The store as a lazy Dataset; see `open_dataset` of this module."""
         root = Root.of(filename_or_obj)
         drop = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
-        return open_dataset(root, read_plan(root), raw=raw, partial=partial, drop=drop)
+        return open_dataset(root, read_plan(root, unfinished=partial), raw=raw, partial=partial, check=check, drop=drop)
 
 
 def check_complete(root: Root, plan: Plan) -> None:
@@ -84,13 +108,20 @@ def check_complete(root: Root, plan: Plan) -> None:
     """
     if read_status(root, plan) != "complete":
         raise UnfinishedStoreError(
-            f"{root.url} is unfinished: {len(committed_blocks(root))} of {plan.layout.blocks} blocks are committed; "
+            f"{root.url} is unfinished: {len(committed_blocks(root, plan))} of {len(plan.blocks)} blocks are "
+            "committed; "
             "run the command that writes it again to finish it, or give partial=True to see the committed samples"
         )
 
 
 def open_dataset(
-    root: Root, plan: Plan, *, raw: bool = False, partial: bool = False, drop: Iterable[str] = ()
+    root: Root,
+    plan: Plan,
+    *,
+    raw: bool = False,
+    partial: bool = False,
+    check: bool = True,
+    drop: Iterable[str] = (),
 ) -> xr.Dataset:
     """The store as a lazy xarray Dataset: one variable per site, coordinates on `sample` and `layer`.
 
@@ -99,63 +130,91 @@ def open_dataset(
         plan: of the store.
         raw: True keeps bfloat16; False gives float32, in which every reduction of NumPy and xarray is right.
         partial: True also opens an unfinished store, with the samples of its committed blocks only.
+        check: False reads without comparing chunks with their commit markers: for stores that were just verified.
         drop: names of variables to leave out.
 
     Only layer labels are read now; everything else when it is asked for.
 
     Raises:
         UnfinishedStoreError: the store is not complete and `partial` is False.
+        CorruptStoreError: the layer labels are damaged. What is read later raises it for what it finds then.
     """
     complete = read_status(root, plan) == "complete"
     if not partial:
         check_complete(root, plan)
     metadata = array_metadata(plan, complete=complete)
     drop = set(drop)
+    vouchers = Vouchers(root, plan) if check else None
+    committed = None if complete else Committed(committed_ranges(root, plan))
     variables: dict[str, xr.Variable] = {}
     for name, spec in metadata.items():
-        if "/" in name or name in drop or (name == "valid" and complete):
+        if "/" in name or name in drop or name == "valid":
             continue
-        array = root.open_array(name, spec)
-        variables[name] = _variable(array, spec, name=name, raw=raw, doing=f"read {name} of {root.url}")
+        if [name] == spec["dimension_names"]:
+            variables[name] = _labels(root, plan, name, spec)
+        else:
+            source = Source(root.open_array(name, spec), name, plan.layout, root.url, vouchers)
+            variables[name] = _variable(source, spec, raw=raw, committed=committed)
     dataset = xr.Dataset(
         variables, attrs=group_metadata(plan, status="complete" if complete else "writing")["attributes"]
     )
-    dataset = dataset.set_coords([column.name for column in plan.layout.columns if column.name in variables])
-    return dataset if complete else _only_committed(dataset, root, plan)
+    return dataset.set_coords([column.name for column in plan.layout.columns if column.name in variables])
 
 
-def _variable(array: ts.TensorStore, spec: dict[str, Any], *, name: str, raw: bool, doing: str) -> xr.Variable:
-    """A variable over a stored array; index coordinates are read at once, because xarray needs them."""
+def read_column(root: Root, plan: Plan, name: str, samples: Int64[np.ndarray, " row"]) -> Shaped[np.ndarray, " row"]:
+    """Values of a column for some samples, in any order."""
+    source = Source.open(root, plan, name, vouchers=Vouchers(root, plan))
+    distinct, places = np.unique(samples, return_inverse=True)
+    out = np.empty((1, len(distinct)), source.array.dtype.numpy_dtype)
+    gather(source, [0], distinct, out)
+    return out[0, places]
+
+
+def _variable(source: Source, spec: dict[str, Any], *, raw: bool, committed: Committed | None) -> xr.Variable:
+    """A lazy variable over a stored array. What is not committed is left out, never shown as zeros."""
     dimensions = spec["dimension_names"]
     attributes = {key: value for key, value in spec["attributes"].items() if key != "coordinates"}
     shard = spec["chunk_grid"]["configuration"]["chunk_shape"]
     encoding = {"preferred_chunks": dict(zip(dimensions, shard, strict=True))}
-    lazy = LazyArray(array, raw=raw, doing=doing)
-    if [name] == dimensions:
-        return xr.Variable(dimensions, lazy[indexing.BasicIndexer((slice(None),))], attributes)
+    lazy = LazyArray(source, raw=raw, committed=committed)
     return xr.Variable(dimensions, indexing.LazilyIndexedArray(lazy), attributes, encoding)
 
 
-def _only_committed(dataset: xr.Dataset, root: Root, plan: Plan) -> xr.Dataset:
-    """The samples of committed blocks: what is missing is left out, never shown as zeros."""
-    ranges = [plan.layout.block_range(block) for block in sorted(committed_blocks(root)) if block < plan.layout.blocks]
-    rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(*span, dtype=np.int64) for span in ranges)])
-    return dataset.drop_vars("valid").isel(sample=rows)
+def _labels(root: Root, plan: Plan, name: str, spec: dict[str, Any]) -> xr.Variable:
+    """A layer coordinate: read at once, because xarray indexes it, and compared with the plan.
+
+    Raises:
+        CorruptStoreError: it is damaged, or has other labels than the plan.
+    """
+    layered = [site for site in plan.layout.sites if site.layers is not None]
+    expected = next(site.layers for site in layered if plan.layout.layer_dimension(site) == name)
+    with storage_errors(f"read {name} of {root.url}"):
+        labels = np.asarray(Objects.of(root.open_array(name, spec)).view().read().result(timeout=TIMEOUT_SECONDS))
+    if not np.array_equal(labels, expected or ()):
+        raise CorruptStoreError(
+            f"{name} of {root.url} has the labels {labels.tolist()[:20]}, the plan has {list(expected or ())[:20]}; "
+            "run `actstore verify`, then `actstore repair`"
+        )
+    return xr.Variable([name], labels, spec["attributes"])
 
 
-def _plain(index: Any, size: int) -> tuple[Any, Any]:
-    """An index that TensorStore takes, and what to do to the result: flip, reorder, or nothing."""
+def _chosen(index: Any, size: int) -> Samples:
+    """What an index takes of an axis, ascending.
+
+    Raises:
+        IndexError: it is out of bounds.
+    """
     if isinstance(index, slice):
-        start, stop, step = index.indices(size)
-        if step < 0:
-            count = len(range(start, stop, step))
-            return slice(start + (count - 1) * step, start + 1, -step) if count else slice(0, 0), "flip"
-        return slice(start, max(stop, start), step), None
-    wanted = np.asarray(index, np.int64)
-    if wanted.size and not (-size <= wanted.min() and wanted.max() < size):
+        return range(*index.indices(size))
+    wanted = np.atleast_1d(np.asarray(index, np.int64))
+    if wanted.size and not (wanted.min() >= 0 and wanted.max() < size):
         worst = wanted.max() if wanted.max() >= size else wanted.min()
         raise IndexError(f"index {worst} is out of bounds for an axis of size {size}")
-    if wanted.ndim == 0:
-        return int(wanted) + (size if wanted < 0 else 0), None
-    distinct, restore = np.unique(np.where(wanted < 0, wanted + size, wanted), return_inverse=True)
-    return distinct, None if np.array_equal(distinct, wanted) else restore
+    return range(int(index), int(index) + 1) if isinstance(index, int | np.integer) else wanted
+
+
+def _as_index(axis: Samples, size: int) -> slice | Int64[np.ndarray, " chosen"]:
+    """What `_chosen` gave, as an index of NumPy; a whole axis is `slice(None)`."""
+    if not isinstance(axis, range):
+        return axis
+    return slice(None) if axis == range(size) else slice(axis.start, axis.stop, axis.step)

@@ -10,26 +10,35 @@ from actstore.ledger import (
     SEAL_KEY,
     TABLE_KEY,
     create_nodes,
+    has_marker,
+    key_in,
+    lineage,
     marker_key,
 )
-from actstore.metadata import array_metadata, documents_group, group_metadata
+from actstore.metadata import array_metadata, documents_group, group_metadata, table_group, table_groups
 from actstore.schema import Plan, canonical_json
-from actstore.verify import Report
+from actstore.verify import Finding, Report
 
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """What was taken back. Running the command that wrote the store again writes just this."""
+    """What was taken back. Running the commands that wrote the store again, in their order, writes just this.
+
+    `generation` is the oldest that is damaged: 1, unless the store was appended to. Those after it are sealed again by
+    their commands.
+    """
 
     blocks: tuple[int, ...]
     keys: tuple[str, ...]
+    generation: int = 1
 
 
 def repair(root: Root, plan: Plan, report: Report) -> Repair:
     """Takes back what `report` found damaged: the store is unfinished afterwards, and every other block stays.
 
     Each step leaves a store that is either complete or unfinished, so that a stopped repair can be repeated: first the
-    seal goes, then the status and the shapes, then the markers of damaged blocks.
+    seals go, then the status and the shapes, then the markers of damaged blocks. A store that was appended to becomes
+    what it was before the oldest damaged generation.
 
     Args:
         root: place of the store.
@@ -41,17 +50,36 @@ def repair(root: Root, plan: Plan, report: Report) -> Repair:
     """
     if not report.findings:
         raise InputError(f"{root.url} is sound at depth {report.depth!r}; there is nothing to repair")
-    root.delete(SEAL_KEY)
-    root.write("zarr.json", canonical_json(group_metadata(plan, status="writing")))
-    for name, spec in array_metadata(plan, complete=False).items():
-        root.write(f"{name}/zarr.json", canonical_json(spec))
-    if plan.documents is not None:
-        root.write("documents/zarr.json", canonical_json(documents_group()))
-    create_nodes(root, plan)  # what else is missing
-    blocks = tuple(report.damaged_blocks)
-    keys = [marker_key(block) for block in blocks]
-    keys += [finding.what for finding in report.findings if finding.what.startswith(("assets/", MARKER_FOLDER))]
-    keys += [TABLE_KEY] * any(finding.what.startswith(("documents/", TABLE_KEY)) for finding in report.findings)
-    for key in [*keys, MANIFEST_KEY]:
+    plans = lineage(root, plan)
+    oldest = min(finding.generation for finding in report.findings)
+    for later in reversed(plans[oldest - 1 :]):
+        root.delete(key_in(later.generation, SEAL_KEY))
+    sound = plans[oldest - 2] if oldest > 1 else None
+    _write_nodes(root, plans[0] if sound is None else sound, complete=sound is not None)
+    if sound is None:
+        create_nodes(root, plans[0])  # what else is missing
+    keys = [key for finding in report.findings for key in _taken_back(root, plans, finding)]
+    for key in [*keys, *(key_in(later.generation, MANIFEST_KEY) for later in plans[oldest - 1 :])]:
         root.delete(key)
-    return Repair(blocks, tuple(keys))
+    return Repair(tuple(report.damaged_blocks), tuple(dict.fromkeys(keys)), oldest)
+
+
+def _write_nodes(root: Root, plan: Plan, *, complete: bool) -> None:
+    """The status first, then the shapes."""
+    root.write("zarr.json", canonical_json(group_metadata(plan, status="complete" if complete else "writing")))
+    for name, spec in array_metadata(plan, complete=complete).items():
+        root.write(f"{name}/zarr.json", canonical_json(spec))
+    for group in table_groups(plan):
+        root.write(f"{group}/zarr.json", canonical_json(documents_group()))
+
+
+def _taken_back(root: Root, plans: tuple[Plan, ...], finding: Finding) -> list[str]:
+    """The keys that go because of one finding, in the order in which they go."""
+    generation, table = finding.generation, key_in(finding.generation, TABLE_KEY)
+    if finding.block is not None:  # writing it again drops the rows that were appended to it: these go first
+        longer = [plan.generation for plan in plans[generation:] if plan.appends_samples]
+        longer = [number for number in longer if has_marker(root, plans[number - 1], finding.block)]
+        return [marker_key(finding.block, number) for number in (*reversed(longer), generation)]
+    if finding.what.startswith(("assets/", key_in(generation, MARKER_FOLDER))):
+        return [finding.what]
+    return [table] if finding.what.startswith((f"{table_group(generation)}/", table)) else []

@@ -9,13 +9,13 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import pydantic
 
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError
-from actstore.layout import Layout
+from actstore.layout import MAX_COLUMNS, Layout
 
 FORMAT: Literal[1] = 1
 CONVENTION = {
@@ -25,11 +25,17 @@ CONVENTION = {
 }
 MAX_DOCUMENT_BYTES = 16 << 20  # Python's objects take about 20 times as much; the manifest is compared, never parsed
 MAX_DEPTH = 32
+MAX_VALUES = 1 << 18  # each takes up to 250 bytes as Python's object: 64 MiB, three times over
+MAX_ASSETS = 256
+MAX_GENERATIONS = 1000  # each costs one small read when the store is opened
+MAX_CHUNK_DIGESTS = 1 << 20  # of one block: 8 MiB of its marker
 
 Document = TypeVar("Document", bound="StoredDocument")
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # one without an end is looked at once, too
+_LONG_NUMBER = re.compile(rb"[0-9]{1000}")  # no number that is meant needs as many digits; reading them is slow
 Digest = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 AssetName = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
+ChunkDigests = Annotated[str, pydantic.StringConstraints(pattern=r"^([0-9a-f]{8})+$")]
 TableColumn = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 Fingerprint = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -57,11 +63,11 @@ class StoredDocument(pydantic.BaseModel):
             parse_json(data, where=where)  # bounds and duplicate keys; pydantic's own parser is then strict on types
             return cls.model_validate_json(data, strict=True)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
+            first = error.errors(include_input=False, include_url=False)[0]
+            field = printable(".".join(str(part) for part in first["loc"]), most=100)
             raise CorruptStoreError(
-                f"{where} is not a {cls.kind} of format {FORMAT}: {field}: {first['msg']}; the store is damaged, "
-                "or was written by a newer actstore"
+                f"{where} is not a {cls.kind} of format {FORMAT}: {field}: {printable(first['msg'], most=200)}; the "
+                "store is damaged, or was written by a newer actstore"
             ) from None
 
 
@@ -72,19 +78,52 @@ class DocumentTableLayout(pydantic.BaseModel):
 
     documents: Annotated[int, pydantic.Field(ge=1, le=1 << 40)]
     tokens: Annotated[int, pydantic.Field(ge=0, le=1 << 44)]
-    numbers: dict[TableColumn, Literal["int64", "float64"]] = {}
-    strings: dict[TableColumn, Annotated[int, pydantic.Field(ge=0, le=1 << 44)]]
+    numbers: Annotated[dict[TableColumn, Literal["int64", "float64"]], pydantic.Field(max_length=MAX_COLUMNS)] = {}
+    strings: Annotated[
+        dict[TableColumn, Annotated[int, pydantic.Field(ge=0, le=1 << 44)]], pydantic.Field(max_length=MAX_COLUMNS)
+    ]
     """Bytes in all, of each string column; `id` and `text` are always there."""
+
+    @pydantic.model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        """Refuses columns of which two would be the same array, and tables without ids or texts."""
+        names = [*self.numbers, "token_id", "token_start", "token_end", "token_offsets"]
+        names += [f"{name}_{part}" for name in self.strings for part in ("bytes", "offsets")]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not {"id", "text"} <= set(self.strings):
+            raise ValueError(f"found the columns {[*self.strings, *self.numbers]}, expected id, text and names of own")
+        return self
+
+
+class Base(pydantic.BaseModel):
+    """What the generations before hold: an appended plan is understood without reading theirs."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    generation: Annotated[int, pydantic.Field(ge=1, le=MAX_GENERATIONS - 1)]
+    fingerprint: Fingerprint
+    samples: Annotated[int, pydantic.Field(ge=1)]
+    layers: dict[str, Annotated[int, pydantic.Field(ge=0)]]
+    """Layers of each site that is there, in stored order; 0 for a layerless site."""
+    labels: dict[str, Annotated[int, pydantic.Field(ge=1)]]
+    """Chunk length of each label array that is there."""
+    tables: tuple[DocumentTableLayout | None, ...]
+    """The document table of each generation, oldest first."""
 
 
 class Plan(StoredDocument):
-    """What a store will hold. Immutable; `fingerprint` covers everything that decides the stored bytes."""
+    """What a store will hold. Immutable; `fingerprint` covers everything that decides the stored bytes.
+
+    A plan with a `base` is a later generation: it describes the whole store as it will be, and adds either samples or
+    layers and sites to what the base holds (`actstore.generations`). `documents` are then the added documents.
+    """
 
     kind = "plan"
 
     layout: Layout
     documents: DocumentTableLayout | None = None
-    assets: dict[AssetName, Fingerprint] = {}
+    base: Base | None = None
+    assets: Annotated[dict[AssetName, Fingerprint], pydantic.Field(max_length=MAX_ASSETS)] = {}
     provenance: dict[str, pydantic.JsonValue]
     fingerprint: Fingerprint
 
@@ -95,6 +134,7 @@ class Plan(StoredDocument):
         provenance: dict[str, Any],
         documents: DocumentTableLayout | None = None,
         assets: Mapping[str, bytes] | None = None,
+        base: Base | None = None,
     ) -> "Plan":
         """The plan of a layout and its provenance, with its fingerprint.
 
@@ -103,6 +143,7 @@ class Plan(StoredDocument):
             provenance: what produced the rows; any JSON.
             documents: sizes of the document table, if the store keeps one.
             assets: small files kept with the store, by name: their digests become part of the plan.
+            base: what is there already, for a plan that appends; `generations.extend` makes it.
 
         Raises:
             InputError: the provenance is not JSON, or an asset's name is not a plain file name.
@@ -112,6 +153,7 @@ class Plan(StoredDocument):
             "format": FORMAT,
             "layout": layout,
             "documents": documents,
+            "base": base,
             "assets": digests,
             "provenance": provenance,
         }
@@ -121,9 +163,83 @@ class Plan(StoredDocument):
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             raise InputError(f"cannot plan this store: {field} is {first['input']!r}: {first['msg']}") from None
-        if _depth(blank.to_json()) > MAX_DEPTH:
-            raise InputError(f"cannot plan this store: provenance is nested deeper than {MAX_DEPTH} levels; flatten it")
+        excess = _excess(blank.to_json())
+        if excess:
+            remedy = "flatten it" if "nested" in excess else "keep less in it"
+            raise InputError(f"cannot plan this store: provenance {excess}; {remedy}")
         return blank.model_copy(update={"fingerprint": blank.compute_fingerprint()})
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_empty_base(self, fields: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A first generation has no field `base`: its bytes are those of stores from before there were others."""
+        shown: dict[str, Any] = fields(self)
+        if shown.get("base") is None:
+            shown.pop("base", None)
+        return shown
+
+    @pydantic.model_validator(mode="after")
+    def _base_fits(self) -> Self:
+        """Refuses a base that the layout does not extend, before any arithmetic relies on it."""
+        if self.base is None:
+            return self
+        before, sites = self.base, self.layout.sites
+        known = sites[: len(before.layers)]
+        if {site.name for site in known} != set(before.layers):  # stored JSON has its keys sorted
+            raise ValueError(f"base holds the sites {list(before.layers)}, which do not come first in the layout")
+        for site in known:
+            here, there = len(site.layers or ()), before.layers[site.name]
+            if here < there or (here == 0) != (there == 0):
+                raise ValueError(f"base holds {there} layers of site {site.name!r}, the layout {here}")
+        grown = len(sites) > len(known) or any(len(site.layers or ()) > before.layers[site.name] for site in known)
+        if not known or (self.layout.samples > before.samples) == grown or self.layout.samples < before.samples:
+            raise ValueError("a plan with a base adds either samples, or layers and sites")
+        if len(before.tables) != before.generation:
+            raise ValueError(f"base has {len(before.tables)} document tables of {before.generation} generations")
+        return self
+
+    @property
+    def generation(self) -> int:
+        """1 for the plan that a store begins with, one more for each plan appended to it."""
+        return 1 if self.base is None else self.base.generation + 1
+
+    @property
+    def appends_samples(self) -> bool:
+        """Whether the plan adds samples to a base; one with a base that does not adds layers."""
+        return self.base is not None and self.layout.samples > self.base.samples
+
+    @property
+    def adds_samples(self) -> bool:
+        """Whether the plan writes samples that no plan before it has, with their columns."""
+        return self.base is None or self.appends_samples
+
+    @property
+    def blocks(self) -> range:
+        """The blocks that this plan writes: all, or those that hold added samples."""
+        first = self.base.samples // self.layout.block_samples if self.base and self.appends_samples else 0
+        return range(first, self.layout.blocks)
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First and one-past-last sample that this plan writes of a block.
+
+        Raises:
+            InputError: the plan does not write this block.
+        """
+        if block not in self.blocks:
+            raise InputError(
+                f"block {block} does not exist; this plan writes blocks {self.blocks.start} to {self.blocks.stop - 1}"
+            )
+        start, stop = self.layout.block_range(block)
+        return (max(start, self.base.samples) if self.base and self.appends_samples else start), stop
+
+    @property
+    def tables(self) -> tuple[DocumentTableLayout | None, ...]:
+        """The document tables of all generations up to this one, oldest first."""
+        return (*(self.base.tables if self.base else ()), self.documents)
+
+    @property
+    def first_document(self) -> int:
+        """Number of this plan's first document: those of earlier generations come before."""
+        return sum(table.documents for table in self.tables[:-1] if table)
 
     def compute_fingerprint(self) -> str:
         """SHA-256 over the canonical JSON of every other field."""
@@ -156,7 +272,8 @@ class Plan(StoredDocument):
         names = sorted({*ours, *theirs}, key=lambda name: (name.startswith("documents."), name))  # sizes come last
         fields = [name for name in names if ours.get(name) != theirs.get(name)]
         shown = "; ".join(
-            f"{name}: there {_short(theirs.get(name))}, here {_short(ours.get(name))}" for name in fields[:8]
+            f"{printable(name, most=60)}: there {_short(theirs.get(name))}, here {_short(ours.get(name))}"
+            for name in fields[:8]
         )
         more = f"; and {len(fields) - 8} more" if len(fields) > 8 else ""
         raise PlanMismatchError(
@@ -169,6 +286,10 @@ class Marker(StoredDocument):
     """Written last for a block: its presence, with the plan's fingerprint, is what makes the block committed.
 
     `checksums` has, per array, the xxh3-128 of the decoded shard of each layer: rows of this block only, little-endian.
+    `chunks` has, per site, one string for each layer: the CRC-32C of this block's rows of each chunk, eight hexadecimal
+    digits each. A reader compares every chunk it reads with them. Empty in the oldest stores, and where they would be
+    more than `MAX_CHUNK_DIGESTS`.
+
     A marker says nothing about when or where it was written, so that the same block always has the same marker.
     """
 
@@ -178,6 +299,7 @@ class Marker(StoredDocument):
     samples: tuple[int, int]
     fingerprint: Fingerprint
     checksums: dict[str, tuple[Digest, ...]]
+    chunks: dict[str, tuple[ChunkDigests, ...]] = {}
 
 
 class TableMarker(StoredDocument):
@@ -215,6 +337,15 @@ class RootAttributes(pydantic.BaseModel):
     format: Literal[1]
     status: Literal["writing", "complete"]
     fingerprint: Fingerprint
+    generation: Annotated[int, pydantic.Field(ge=1, le=MAX_GENERATIONS)] = 1
+    """Of the newest complete plan; left out while it is 1."""
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_first(self, fields: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        shown: dict[str, Any] = fields(self)
+        if shown.get("generation") == 1:
+            shown.pop("generation")
+        return shown
 
 
 def canonical_json(value: object) -> bytes:
@@ -228,27 +359,42 @@ def parse_json(data: bytes, *, where: str) -> Any:
     Raises:
         CorruptStoreError: `where` names the document.
     """
-    if len(data) > MAX_DOCUMENT_BYTES:
-        raise CorruptStoreError(f"{where} has {len(data):,} bytes, expected at most {MAX_DOCUMENT_BYTES:,}; not read")
-    if _depth(data) > MAX_DEPTH:
-        raise CorruptStoreError(f"{where} is nested deeper than {MAX_DEPTH} levels; not read")
+    excess = _excess(data)
+    if excess:
+        raise CorruptStoreError(f"{where} {excess}; not read")
     try:
         return json.loads(
             data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
         )
     except (ValueError, RecursionError) as error:
         raise CorruptStoreError(
-            f"{where} is not valid JSON ({str(error)[:80]}); restore it from a copy, or write the store again"
+            f"{where} is not valid JSON ({printable(str(error), most=80)}); restore it from a copy, or write the "
+            "store again"
         ) from None
 
 
-def _depth(data: bytes) -> int:
-    """Deepest nesting of brackets outside strings, counted before any parser recurses: about 0.2 GB/s."""
-    bare = np.frombuffer(_STRING.sub(b"", data), np.uint8)
+def _excess(data: bytes) -> str | None:
+    """Which limit a document exceeds, if any. Looked at before any parser recurses or allocates: about 0.2 GB/s."""
+    if len(data) > MAX_DOCUMENT_BYTES:
+        return f"has {len(data):,} bytes, expected at most {MAX_DOCUMENT_BYTES:,}"
+    outside = _STRING.sub(b"", data)
+    if _LONG_NUMBER.search(outside):
+        return "is not valid JSON (Exceeds the limit of 999 digits in a number)"
+    values = sum(map(outside.count, (b"[", b"{", b",")))
+    if values > MAX_VALUES:
+        return f"has {values:,} values, expected at most {MAX_VALUES:,}"
+    bare = np.frombuffer(outside, np.uint8)
     opened = (bare == ord("[")) | (bare == ord("{"))
     closed = (bare == ord("]")) | (bare == ord("}"))
-    depths = np.cumsum(opened.astype(np.int32) - closed.astype(np.int32))
-    return int(depths.max(initial=0))
+    if np.cumsum(opened.astype(np.int32) - closed.astype(np.int32)).max(initial=0) > MAX_DEPTH:
+        return f"is nested deeper than {MAX_DEPTH} levels"
+    return None
+
+
+def printable(text: str, *, most: int) -> str:
+    """Text out of a hostile document as part of a message: one line, short, nothing that a terminal would obey."""
+    short = text if len(text) <= most else f"{text[: most - 3]}..."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

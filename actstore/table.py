@@ -5,7 +5,7 @@ when few of its tokens are stored as rows, so that every row can be shown in its
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,16 @@ from jaxtyping import Int, Int32, Int64, UInt32
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError, UnknownNameError
 from actstore.kvstore import Root, storage_errors
 from actstore.layout import check_name
-from actstore.ledger import TABLE_KEY, checksum, write_table_marker
-from actstore.metadata import table_metadata
+from actstore.ledger import TABLE_KEY, checksum, key_in, write_table_marker
+from actstore.metadata import table_group, table_groups, table_metadata
+from actstore.objects import Objects
 from actstore.schema import FORMAT, DocumentTableLayout, Plan, TableMarker
 
+MAX_READ_BYTES = 64 << 20  # of texts or tokens at once; as Python's strings they may take four times as much
+TOKEN_BYTES = 12  # id, start and end
+IDS_AT_ONCE = 10_000
+EDGES = 1 << 19  # offsets or numbers that are read together: one chunk
+EDGE_BLOCKS = 32  # kept: 128 MiB, of 16 million documents
 TAKEN = frozenset({"id", "text", "token_id", "token_start", "token_end", "token_offsets"})
 
 
@@ -56,10 +62,31 @@ class DocumentTable:
             found = getattr(self, name)
             if (found.shape, found.dtype) != ((tokens,), np.dtype(dtype)):
                 raise InputError(f"documents: {name} is {found.dtype} {found.shape}, expected {dtype} ({tokens},)")
+        self._refuse_spans()
         for name in self.columns:
             check_name(name, "document column")
             if name in TAKEN:
                 raise InputError(f"documents: column name {name!r} is used by the format itself ({sorted(TAKEN)})")
+
+    def _refuse_spans(self) -> None:
+        """Refuses tokens outside their text, and documents that are longer than what is read at once."""
+        sizes = np.array([len(_encoded(text)) for text in self.texts], np.int64)
+        counts = np.diff(self.token_offsets)
+        outside = (self.token_start > self.token_end) | (self.token_end > np.repeat(sizes, counts))
+        if outside.any():
+            token = int(np.flatnonzero(outside)[0])
+            document = int(np.searchsorted(self.token_offsets, token, side="right")) - 1
+            raise InputError(
+                f"documents: token {token - int(self.token_offsets[document])} of document {self.ids[document]!r} has "
+                f"the bytes {int(self.token_start[token])} to {int(self.token_end[token])} of a text of "
+                f"{int(sizes[document])} bytes; give places in the UTF-8 of the text"
+            )
+        longest = int(max(sizes.max(), counts.max() * TOKEN_BYTES))
+        if longest > MAX_READ_BYTES:
+            raise InputError(
+                f"documents: one has {longest:,} bytes of text or tokens, at most {MAX_READ_BYTES:,} can be read at "
+                "once; cut it into several documents"
+            )
 
     @property
     def layout(self) -> DocumentTableLayout:
@@ -120,28 +147,140 @@ def write_table(root: Root, plan: Plan, table: DocumentTable) -> None:
     metadata = table_metadata(table.layout)
     arrays = table.arrays()
     checksums = {name: checksum(values) for name, values in arrays.items()}
-    stored = root.read(TABLE_KEY)
+    key, group = key_in(plan.generation, TABLE_KEY), table_group(plan.generation)
+    stored = root.read(key)
     if stored is not None:
-        if TableMarker.from_json(stored, where=f"{root.url}/{TABLE_KEY}").checksums != checksums:
+        if TableMarker.from_json(stored, where=f"{root.url}/{key}").checksums != checksums:
             raise PlanMismatchError(
                 f"{root.url} holds other documents of the same sizes; choose another target, or give those it holds"
             )
         return
     with storage_errors(f"write documents of {root.url}"):
-        opened = {name: root.open_array(f"documents/{name}", metadata[name]) for name in arrays}
+        opened = {name: root.open_array(f"{group}/{name}", metadata[name]) for name in arrays}
         for future in [opened[name].write(values) for name, values in arrays.items()]:
             future.result()
-    write_table_marker(root, TableMarker(format=FORMAT, fingerprint=plan.fingerprint, checksums=checksums))
+    write_table_marker(root, plan, TableMarker(format=FORMAT, fingerprint=plan.fingerprint, checksums=checksums))
+
+
+def refuse_known_ids(root: Root, base: Plan, table: DocumentTable) -> None:
+    """Refuses to append documents under ids that the store holds. Costs reading all its ids.
+
+    Raises:
+        InputError: names one of them.
+    """
+    there, given = StoredDocuments(root, base), set(table.ids)
+    twice: list[str] = []
+    for first in range(0, len(there), IDS_AT_ONCE):
+        twice += given.intersection(there.strings("id", np.arange(first, min(first + IDS_AT_ONCE, len(there)))))
+    twice.sort()
+    if twice:
+        raise InputError(
+            f"{len(twice)} of the documents to append are in the store, first {twice[0]!r}; append only others"
+        )
+
+
+def stored_tokens(root: Root, plan: Plan) -> tuple[Int64[np.ndarray, " document_edge"], Int32[np.ndarray, " token"]]:
+    """Offsets and ids of all tokens of the documents of one plan, compared with their marker: 12 bytes per token.
+
+    Raises:
+        CorruptStoreError: they are missing or damaged.
+    """
+    key, group = key_in(plan.generation, TABLE_KEY), table_group(plan.generation)
+    data = root.read(key)
+    if data is None or plan.documents is None:
+        raise CorruptStoreError(f"{root.url}/{key} is missing; run `actstore verify`")
+    marker = TableMarker.from_json(data, where=f"{root.url}/{key}")
+    metadata, found = table_metadata(plan.documents), []
+    for name in ("token_offsets", "token_id"):
+        with storage_errors(f"read {group}/{name} of {root.url}"):
+            values = np.asarray(root.open_array(f"{group}/{name}", metadata[name]).read().result())
+        if checksum(values) != marker.checksums.get(name):
+            raise CorruptStoreError(
+                f"{group}/{name} of {root.url} differs from the checksum of its marker; run `actstore verify`"
+            )
+        found.append(values)
+    return found[0], found[1]
 
 
 class StoredDocuments:
-    """The documents of a store, read as they are asked for. Offsets (16 bytes per document) are kept once read."""
+    """The documents of a store, read as they are asked for. Offsets (16 bytes per document) are kept once read.
 
-    def __init__(self, root: Root, layout: DocumentTableLayout) -> None:
+    Appended documents follow those that were there: their numbers go on.
+    """
+
+    def __init__(self, root: Root, plan: Plan) -> None:
+        self._parts = [_Part(root, group, layout) for group, layout in table_groups(plan).items()]
+        self._edges = np.cumsum([0, *map(len, self._parts)])
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return int(self._edges[-1])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns, `id` and `text` among them."""
+        return self._parts[0].columns
+
+    def strings(self, column: str, documents: Int[np.ndarray, " n"]) -> list[str]:
+        """Values of a text column of some documents. Costs one range read per document.
+
+        Raises:
+            UnknownNameError: no such text column.
+            InputError: a document does not exist.
+            CorruptStoreError: the offsets or the bytes are damaged.
+        """
+        found = [""] * len(documents)
+        for part, places, local in self._by_part(documents):
+            for place, value in zip(places, part.strings(column, local), strict=True):
+                found[place] = value
+        return found
+
+    def numbers(self, column: str, documents: Int[np.ndarray, " n"]) -> np.ndarray:
+        """Values of a number column of some documents.
+
+        Raises:
+            UnknownNameError: no such number column.
+            InputError: a document does not exist.
+        """
+        parts = list(self._by_part(documents))
+        values = [part.numbers(column, local) for part, _, local in parts]
+        order = np.argsort(np.concatenate([places for _, places, _ in parts]))
+        return np.concatenate(values)[order]
+
+    def tokens(self, document: int) -> tuple[Int32[np.ndarray, " token"], UInt32[np.ndarray, "token edge"]]:
+        """Token ids of a document, and the [start, end) bytes of each in its text.
+
+        Raises:
+            InputError: the document does not exist.
+        """
+        ((part, _, local),) = self._by_part(np.array([document]))
+        return part.tokens(int(local[0]))
+
+    def _by_part(
+        self, documents: Int[np.ndarray, " n"]
+    ) -> Iterator[tuple["_Part", Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]]:
+        """Each part that is asked for, with the places in `documents` and the numbers inside the part."""
+        if documents.dtype.kind not in "iu":
+            raise InputError(f"documents are numbers of type {documents.dtype}; expected whole numbers")
+        if len(documents) and not (documents.min() >= 0 and documents.max() < len(self)):
+            raise InputError(
+                f"documents {documents.min()} to {documents.max()} asked for; this store has 0 to {len(self) - 1}"
+            )
+        owner = np.searchsorted(self._edges, documents, side="right") - 1
+        for number in np.unique(owner) if len(documents) else [0]:  # none asked for: names are checked all the same
+            places = np.flatnonzero(owner == number)
+            yield self._parts[number], places, documents[places].astype(np.int64) - self._edges[number]
+
+
+class _Part:
+    """The documents of one generation: one group of the store."""
+
+    def __init__(self, root: Root, group: str, layout: DocumentTableLayout) -> None:
         self._root = root
+        self._group = group
         self._layout = layout
         self._metadata = table_metadata(layout)
-        self._offsets: dict[str, np.ndarray] = {}
+        self._offsets: dict[tuple[str, int], np.ndarray] = {}
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -153,65 +292,86 @@ class StoredDocuments:
         return (*self._layout.strings, *self._layout.numbers)
 
     def strings(self, column: str, documents: Int[np.ndarray, " n"]) -> list[str]:
-        """Values of a text column of some documents. Costs one range read per document.
-
-        Raises:
-            UnknownNameError: no such text column.
-            InputError: a document does not exist.
-            CorruptStoreError: the offsets or the bytes are damaged.
-        """
+        """Values of a text column of some documents that are there."""
         _check_name(column, "text", self._layout.strings)
-        self._check(documents)
-        edges = self._edges(column)
+        spans = self._spans(column, documents, self._layout.strings[column], item_bytes=1)
         data = self._open(f"{column}_bytes")
-        with storage_errors(f"read documents of {self._root.url}"):
-            reads = [data[int(edges[document]) : int(edges[document + 1])].read() for document in documents]
-            raw = [bytes(np.asarray(future.result())) for future in reads]
         try:
+            with storage_errors(f"read documents of {self._root.url}"):
+                reads = [data.view(span).read() for span in spans]
+                raw = [bytes(np.asarray(future.result())) for future in reads]
             return [value.decode() for value in raw]
         except UnicodeDecodeError:
             raise CorruptStoreError(
-                f"documents/{column}_bytes of {self._root.url} is not UTF-8; run `actstore verify`"
+                f"{self._group}/{column}_bytes of {self._root.url} is not UTF-8; run `actstore verify`"
             ) from None
 
     def numbers(self, column: str, documents: Int[np.ndarray, " n"]) -> np.ndarray:
-        """Values of a number column of some documents."""
+        """Values of a number column of some documents that are there."""
         _check_name(column, "number", self._layout.numbers)
-        self._check(documents)
-        return self._read(column)[documents]
+        found = np.empty(len(documents), self._layout.numbers[column])
+        for number in np.unique(documents // EDGES):
+            here = documents // EDGES == number
+            found[here] = self._read(column, int(number), len(self))[documents[here] % EDGES]
+        return found
 
     def tokens(self, document: int) -> tuple[Int32[np.ndarray, " token"], UInt32[np.ndarray, "token edge"]]:
-        """Token ids of a document, and the [start, end) bytes of each in its text."""
-        self._check(np.array([document]))
-        edges = self._edges("token")
-        span = slice(int(edges[document]), int(edges[document + 1]))
+        """Token ids of a document that is there, and the [start, end) bytes of each in its text."""
+        (span,) = self._spans("token", np.array([document]), self._layout.tokens, item_bytes=TOKEN_BYTES)
         with storage_errors(f"read documents of {self._root.url}"):
-            pending = [self._open(name)[span].read() for name in ("token_id", "token_start", "token_end")]
+            pending = [self._open(name).view(span).read() for name in ("token_id", "token_start", "token_end")]
             ids, start, end = (future.result() for future in pending)
         return np.asarray(ids), np.stack([start, end], axis=1)
 
-    def _check(self, documents: Int[np.ndarray, " n"]) -> None:
-        if len(documents) and not (documents.min() >= 0 and documents.max() < len(self)):
+    def _spans(self, column: str, documents: Int[np.ndarray, " n"], size: int, *, item_bytes: int) -> list[slice]:
+        """Where the values of some documents lie among the `size` values of a column.
+
+        Raises:
+            CorruptStoreError: the offsets do not ascend from 0 to the number of values.
+            InputError: the documents have more bytes than are read at once.
+        """
+        edges = np.array([self._edge_pair(column, int(document)) for document in documents], np.int64).reshape(-1, 2)
+        start, stop = edges.T
+        if (start < 0).any() or (stop < start).any() or (stop > size).any():
+            raise self._bad_offsets(column)
+        found = sum(map(int, stop - start)) * item_bytes
+        if found > MAX_READ_BYTES:
             raise InputError(
-                f"documents {documents.min()} to {documents.max()} asked for; this store has 0 to {len(self) - 1}"
+                f"{len(documents)} documents have {found:,} bytes in {self._group}/{column}_offsets of "
+                f"{self._root.url}, at most {MAX_READ_BYTES:,} are read at once; ask for fewer documents"
             )
+        return [slice(int(first), int(last)) for first, last in edges]
 
-    def _edges(self, column: str) -> Int64[np.ndarray, " document_edge"]:
-        if column not in self._offsets:
-            edges = self._read(f"{column}_offsets")
-            if edges[0] != 0 or (np.diff(edges) < 0).any():
-                raise CorruptStoreError(
-                    f"documents/{column}_offsets of {self._root.url} does not ascend from 0; run `actstore verify`"
-                )
-            self._offsets[column] = edges
-        return self._offsets[column]
+    def _edge_pair(self, column: str, document: int) -> tuple[int, int]:
+        """First and one-past-last value of one document."""
+        first, last = (self._edge_block(column, edge // EDGES)[edge % EDGES] for edge in (document, document + 1))
+        return int(first), int(last)
 
-    def _read(self, name: str) -> np.ndarray:
+    def _edge_block(self, column: str, number: int) -> Int64[np.ndarray, " document_edge"]:
+        """Some neighbouring offsets, kept once read; those read first are dropped where there are many."""
+        if (column, number) not in self._offsets:
+            edges = self._read(f"{column}_offsets", number, len(self) + 1)
+            if (number == 0 and edges[0] != 0) or (edges[1:] < edges[:-1]).any():
+                raise self._bad_offsets(column)
+            while len(self._offsets) >= EDGE_BLOCKS:
+                self._offsets.pop(next(iter(self._offsets)))
+            self._offsets[column, number] = edges
+        return self._offsets[column, number]
+
+    def _bad_offsets(self, column: str) -> CorruptStoreError:
+        return CorruptStoreError(
+            f"{self._group}/{column}_offsets of {self._root.url} does not ascend from 0 to the size of its column; "
+            "run `actstore verify`"
+        )
+
+    def _read(self, name: str, number: int, size: int) -> np.ndarray:
+        """One chunk of an array of `size` values of 8 bytes."""
+        span = slice(number * EDGES, min((number + 1) * EDGES, size))
         with storage_errors(f"read documents of {self._root.url}"):
-            return np.asarray(self._open(name).read().result())
+            return np.asarray(self._open(name).view(span).read().result())
 
-    def _open(self, name: str) -> Any:
-        return self._root.open_array(f"documents/{name}", self._metadata[name])
+    def _open(self, name: str) -> Objects:
+        return Objects.of(self._root.open_array(f"{self._group}/{name}", self._metadata[name]))
 
 
 def _check_name(column: str, kind: str, known: Mapping[str, object]) -> None:

@@ -4,6 +4,7 @@ Several processes may write one store; a block may be written in any order and m
 bounded: `write` waits until fewer than `blocks_in_flight` blocks are being written.
 """
 
+import functools
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,17 +16,30 @@ from jaxtyping import Float32, Shaped
 from numpy.typing import ArrayLike
 
 from actstore.errors import InputError
+from actstore.gather import Source, gather
+from actstore.generations import added_sites, first_layer
 from actstore.kvstore import Root, storage_errors
-from actstore.layout import Column, Layout, Site, norm_name
-from actstore.ledger import checksum, create_nodes, create_plan, missing_blocks, seal, write_assets, write_marker
-from actstore.metadata import array_metadata
-from actstore.moments import as_stored, row_norms, to_float32
-from actstore.schema import FORMAT, Marker, Plan
-from actstore.shards import encode
+from actstore.layout import BLOCKS_IN_MEMORY, Column, Layout, Site, norm_name
+from actstore.ledger import (
+    checksum,
+    create_nodes,
+    create_plan,
+    lineage,
+    missing_blocks,
+    seal,
+    vouched_arrays,
+    write_assets,
+    write_marker,
+)
+from actstore.metadata import array_metadata, shard_key
+from actstore.moments import as_stored, to_float32
+from actstore.schema import FORMAT, MAX_CHUNK_DIGESTS, Marker, Plan
+from actstore.shards import RowSums, encode
+from actstore.vouchers import Vouchers
 
 Array = Shaped[np.ndarray, "..."]
 Norms = Float32[np.ndarray, " sample"]
-BLOCKS_IN_FLIGHT = 2  # one is being written while the next is handed over
+BLOCKS_IN_FLIGHT = BLOCKS_IN_MEMORY - 1  # one is being written while the next is handed over
 SHARDS_AT_ONCE = 4  # while some wait for the disk to sync, others use the cores
 
 
@@ -46,16 +60,16 @@ class Writer:
         blocks_in_flight: int = BLOCKS_IN_FLIGHT,
     ) -> None:
         root.check_writable(0)  # before a listing, which would say less about what is wrong
-        root.check_writable(len(missing_blocks(root, plan)) * plan.layout.block_bytes)
+        self._sites = {site.name: site for site in added_sites(plan)}
+        sample_bytes = sum(site.row_bytes * site.rows_per_sample for site in self._sites.values())
+        root.check_writable(len(missing_blocks(root, plan)) * plan.layout.block_samples * sample_bytes)
         create_plan(root, plan)
         write_assets(root, plan, assets or {})
         create_nodes(root, plan)
         metadata = array_metadata(plan, complete=False)
         self.root, self.plan = root, plan
-        self._arrays = {
-            name: root.open_array(name, spec) for name, spec in metadata.items() if not name.startswith("documents/")
-        }
-        self._seal, self._closed = seal, False
+        self._arrays = {name: root.open_array(name, spec) for name, spec in metadata.items() if "/" not in name}
+        self._seal, self._closed, self._blocks_in_flight = seal, False, blocks_in_flight
         self._pool = ThreadPoolExecutor(blocks_in_flight, thread_name_prefix="actstore-writer")
         self._shard_pool = ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="actstore-shards")
         self._free = threading.BoundedSemaphore(blocks_in_flight)
@@ -67,19 +81,31 @@ class Writer:
         """Shapes of the store."""
         return self.plan.layout
 
+    @property
+    def memory_bytes(self) -> int:
+        """The most that the writer holds: the blocks being written, and the next one while `write` waits.
+
+        Arrays handed over in the stored dtype and in C order are not copied: they are these blocks. Others are copied,
+        and the caller's own come on top until `write` returns. Codec `zstd` holds the compressed shards being written.
+        """
+        shard_bytes = max(site.row_bytes for site in self.layout.sites) * self.layout.block_samples
+        compressed = 2 * SHARDS_AT_ONCE * shard_bytes if self.layout.codec == "zstd" else 0
+        return (self._blocks_in_flight + 1) * self.layout.block_bytes + compressed
+
     def write(
         self, block: int, activations: Mapping[str, ArrayLike], *, samples: Mapping[str, ArrayLike] | None = None
     ) -> Future[Marker]:
         """Writes one block in the background; the future is done when the block is committed.
 
         Args:
-            block: number of the block; `layout.block_range(block)` says which samples it holds.
+            block: number of the block; `block_range(block)` says which samples to give.
             activations: per site, an array [layer, sample, width] ([sample, width] for a layerless site) with exactly
-                the block's samples, in the site's dtype (not copied) or in float32 or float64 (rounded to it).
-            samples: per column of the layout, an integer array [sample].
+                these samples, in the site's dtype (not copied) or in float32 or float64 (rounded to it). A writer that
+                appends layers takes only those.
+            samples: per column of the layout, an integer array [sample]; none where layers are appended.
 
-        The arrays must not change until the future is done. Waits while `blocks_in_flight` blocks are being written;
-        memory is that many blocks.
+        The arrays must not change until the future is done. Waits while `blocks_in_flight` blocks are being written:
+        `memory_bytes` says what that costs.
 
         Raises:
             InputError: a site or column is missing, unknown, of another shape or dtype, or holds NaN or infinity.
@@ -88,7 +114,7 @@ class Writer:
         self.raise_failures()
         if self._closed:
             raise InputError("this writer is closed; make another with actstore.create to continue the store")
-        start, stop = self.layout.block_range(block)
+        start, stop = self.block_range(block)
         rows = self._check(activations, samples or {}, stop - start)
         self._free.acquire()
         try:
@@ -99,6 +125,14 @@ class Writer:
         future.add_done_callback(lambda _: self._free.release())
         self._pending = [*(old for old in self._pending if not old.done() or old.exception()), future]
         return future
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First and one-past-last sample to give for a block; appended samples may begin inside one.
+
+        Raises:
+            InputError: there is no such block to write.
+        """
+        return self.plan.block_range(block)
 
     def missing(self) -> list[int]:
         """Blocks that are not committed yet, ascending. Costs one listing."""
@@ -146,58 +180,97 @@ class Writer:
         Raises:
             InputError: they do not fit the layout.
         """
-        _same_names("sites", activations, [site.name for site in self.layout.sites])
-        _same_names("columns", samples, [column.name for column in self.layout.columns])
-        data = {site.name: _site_rows(site, activations[site.name], count) for site in self.layout.sites}
-        columns = {column.name: _column_values(column, samples[column.name], count) for column in self.layout.columns}
-        return data, columns
+        expected = self.layout.columns if self.plan.adds_samples else ()
+        _same_names("sites", activations, list(self._sites))
+        _same_names("columns", samples, [column.name for column in expected])
+        data = {name: _site_rows(site, activations[name], count) for name, site in self._sites.items()}
+        return data, {column.name: _column_values(column, samples[column.name], count) for column in expected}
 
     def _commit(self, block: int, data: dict[str, Array], columns: dict[str, Array]) -> Marker:
         """All shards, then `valid`, then the marker. Runs in a thread of the writer."""
-        start, stop = self.layout.block_range(block)
+        start, stop = self.block_range(block)
+        first = self.layout.block_range(block)[0]  # before `start` where samples are appended to a short block
+        before = self._rows_before(first, start)
         submit = self._shard_pool.submit
         shards = {
-            name: [submit(self._write_shard, name, index, start, rows) for index, rows in enumerate(layers)]
+            name: [
+                submit(self._write_shard, name, index, start, rows, before.get((name, index)))
+                for index, rows in enumerate(layers, start=first_layer(self.plan, name))
+            ]
             for name, layers in data.items()
         }
         written = {name: [future.result() for future in futures] for name, futures in shards.items()}
-        checksums = {name: tuple(digest for digest, _ in results) for name, results in written.items()}
+        checksums = {name: tuple(layer.digest for layer in layers) for name, layers in written.items()}
+        chunks = {name: tuple(layer.chunks for layer in layers) for name, layers in written.items()}
+        if sum(len(digests) for layers in chunks.values() for digests in layers) > 8 * MAX_CHUNK_DIGESTS:
+            chunks = {}
         pending: list[Any] = []
         with storage_errors(f"write block {block} of {self.root.url}"):
-            for name, results in written.items():
-                norms = [norm for _, norm in results]
-                pending += [self._start(norm_name(name), start, row, layer=index) for index, row in enumerate(norms)]
+            for name, layers in written.items():
+                norms = [layer.norms for layer in layers]
+                for index, row in enumerate(norms, start=first_layer(self.plan, name)):
+                    whole = _joined(before.get((norm_name(name), index)), row)
+                    pending.append(self._start(norm_name(name), first, whole, layer=index))
                 checksums[norm_name(name)] = tuple(map(checksum, norms))
             for name, values in columns.items():
-                pending.append(self._start(name, start, values))
+                pending.append(self._start(name, first, _joined(before.get((name, 0)), values)))
                 checksums[name] = (checksum(values),)
             for future in pending:
                 future.result()
-            self._start("valid", start, np.ones(stop - start, np.uint8)).result()
+            self._start("valid", first, np.ones(stop - first, np.uint8)).result()
         marker = Marker(
-            format=FORMAT, block=block, samples=(start, stop), fingerprint=self.plan.fingerprint, checksums=checksums
+            format=FORMAT,
+            block=block,
+            samples=(start, stop),
+            fingerprint=self.plan.fingerprint,
+            checksums=checksums,
+            chunks=chunks,
         )
-        write_marker(self.root, marker)
+        write_marker(self.root, self.plan, marker)
         return marker
 
-    def _write_shard(self, name: str, layer: int, start: int, rows: Array) -> tuple[str, Norms]:
-        """Writes the shard of one layer; its checksum and the norms of its rows. Durable when it returns."""
-        site = self.layout.site(name)
-        norms = row_norms(rows)
-        _refuse_non_finite(site, layer, rows, norms, start)
-        whole = self._padded(name, rows)
-        pieces = encode(whole, chunk_samples=self.layout.chunk_samples, codec=self.layout.codec)
-        if pieces is None:
+    def _rows_before(self, first: int, start: int) -> dict[tuple[str, int], Array]:
+        """Stored values of samples `first` to `start - 1` by array and layer: a short block is written again whole.
+
+        Raises:
+            CorruptStoreError: they are not what their markers vouch for.
+        """
+        if first == start:
+            return {}
+        base = lineage(self.root, self.plan)[-2]
+        vouchers = Vouchers(self.root, base)
+        found: dict[tuple[str, int], Array] = {}
+        for name, count in vouched_arrays(self.plan).items():
+            source = Source.open(self.root, base, name, vouchers=vouchers)
+            shape = (start - first, *source.array.shape[2 if source.layers is not None else 1 :])
+            rows = np.empty((count, *shape), source.array.dtype.numpy_dtype)
+            gather(source, range(count), range(first, start), rows)
+            found |= {(name, index): values for index, values in enumerate(rows)}
+        return found
+
+    def _write_shard(self, name: str, layer: int, start: int, rows: Array, before: Array | None) -> RowSums:
+        """Writes the shard of one layer; what the marker says about `rows`. Durable when it returns."""
+        site, layout = self.layout.site(name), self.layout
+        refuse = functools.partial(_refuse_non_finite, site, layer)
+        sums = RowSums(len(rows), start=start, chunk_samples=layout.chunk_samples, refuse=refuse)
+        block = start // layout.block_samples
+        if layout.codec == "zstd":
+            sums.add_all(rows)
             with storage_errors(f"write {name} of {self.root.url}"):
-                self._start(name, start, rows, layer=layer).result()
+                self._start(name, block * layout.block_samples, _joined(before, rows), layer=layer).result()
         else:
-            place = f"{start // self.layout.block_samples}/0"
-            self.root.write_pieces(f"{name}/c/{place}" if site.layers is None else f"{name}/c/{layer}/{place}", pieces)
-        return checksum(rows), norms
+            pieces = encode(
+                rows, sums=sums, before=before, fill=np.asarray(self._arrays[name].fill_value), codec=layout.codec,
+                block_samples=layout.block_samples, chunk_samples=layout.chunk_samples,
+            )  # fmt: skip
+            self.root.write_pieces(shard_key(site, layer, block), pieces)
+        return sums
 
     def _start(self, name: str, start: int, rows: Array, *, layer: int = 0) -> Any:
         """Starts writing a whole shard or chunk through TensorStore."""
         array, rows = self._arrays[name], self._padded(name, rows)
+        block = start // self.layout.block_samples
+        self.root.refuse_link(f"{name}/c/{layer}/{block}" if array.rank > rows.ndim else f"{name}/c/{block}")
         span = slice(start, start + len(rows))
         target = array[layer, span] if array.rank > rows.ndim else array[span]
         return target.write(rows, can_reference_source_data_indefinitely=True)
@@ -212,11 +285,21 @@ class Writer:
 
     def _write_labels(self) -> None:
         """The `layer` coordinates: a few bytes, the same from every process."""
+        metadata = array_metadata(self.plan, complete=False)
         for site in self.layout.sites:
-            if site.layers is not None:
-                name = self.layout.layer_dimension(site)
-                with storage_errors(f"write {name} of {self.root.url}"):
-                    self._arrays[name].write(np.asarray(site.layers, np.int32)).result()
+            if site.layers is None:
+                continue
+            name = self.layout.layer_dimension(site)
+            (chunk,) = metadata[name]["chunk_grid"]["configuration"]["chunk_shape"]
+            labels = np.pad(np.asarray(site.layers, np.int32), (0, -len(site.layers) % chunk), constant_values=-1)
+            whole = {**metadata[name], "shape": [len(labels)]}  # a part of a chunk would be read before it is written
+            with storage_errors(f"write {name} of {self.root.url}"):
+                self.root.open_array(name, whole).write(labels).result()
+
+
+def _joined(before: Array | None, rows: Array) -> Array:
+    """The values of a block: those that were there, then those that are appended."""
+    return rows if before is None else np.concatenate([before, rows])
 
 
 def _same_names(what: str, found: Mapping[str, ArrayLike], expected: list[str]) -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from extract.additions import append_documents, append_layers
     from extract.documents import Document, open_documents
     from extract.loop import Progress, run
     from extract.named import model_folder
@@ -16,13 +17,18 @@ _WHERE = {
     "Document": "extract.documents",
     "ExtractPlan": "extract.plan",
     "Progress": "extract.loop",
+    "append_documents": "extract.additions",
+    "append_layers": "extract.additions",
     "load_model": "extract.plan",
     "make_plan": "extract.plan",
     "model_folder": "extract.named",
     "open_documents": "extract.documents",
     "run": "extract.loop",
 }
-__all__ = ["Document", "ExtractPlan", "Progress", "load_model", "make_plan", "model_folder", "open_documents", "run"]
+__all__ = [
+    "Document", "ExtractPlan", "Progress", "append_documents", "append_layers", "load_model", "make_plan",
+    "model_folder", "open_documents", "run",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -39,6 +39,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Example: actstore extract run.acts.zarr --model tiny-qwen2 --documents python-docs --layers 1,3"
     )(extract)
+    app.command(epilog="Example: actstore append run.acts.zarr --model tiny-qwen2 --layers 2")(append)
     app.command(epilog="Example: actstore demo --folder demo")(demo)
 
 
@@ -81,6 +82,40 @@ def extract(
     Root.of(store).check_writable(0)  # before minutes of tokenising
     decided = _plan(model, documents, sites, layers, limit, context=context, batch=batch, dtype=dtype, codec=codec,
                     block_samples=block_samples)  # fmt: skip
+    _run(decided, store, as_json=as_json)
+
+
+def append(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="a finished store, run.acts.zarr")],
+    model: ModelOption,
+    documents: Annotated[
+        str | None, typer.Option("--documents", help="more documents, as in extract: with the store's own settings")
+    ] = None,
+    sites: Annotated[str | None, typer.Option("--sites", help="more sites, or those of the layers to add")] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="more layers of the store's documents")] = None,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add documents, or layers and sites, to a finished store. Stopped or killed, the same command continues."""
+    from extract.additions import append_documents, append_layers
+    from extract.documents import open_documents
+
+    if (documents is None) == (sites is None and layers is None):
+        raise InputError("give either --documents, or --layers and --sites for the documents that are there")
+    folder = folder_of(model)
+    if documents is None:
+        numbers = None if layers is None else [_layer(part) for part in layers.split(",")]
+        names = None if sites is None else [site.strip() for site in sites.split(",")]
+        decided = append_layers(store, folder, layers=numbers, sites=names)
+    else:
+        texts = open_documents(documents, limit=limit)
+        with Work("tokenise", unit="documents") as work:
+            decided = append_documents(store, folder, texts, progress=work.update)
+    _run(decided, store, as_json=as_json)
+
+
+def _run(decided: "ExtractPlan", store: str, *, as_json: bool) -> None:
+    """Runs a plan and says what was done."""
     typer.echo(decided.describe(), err=True)
     state = run_with_progress(decided, store)
     summary = {

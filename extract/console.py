@@ -18,7 +18,7 @@ def run_with_progress(decided: "ExtractPlan", store: str) -> "Progress":
     """
     from extract.loop import run
 
-    samples = decided.store.layout.samples
+    samples = decided.as_json()["samples"]
 
     def show(state: "Progress") -> None:
         rate, written = f"{state.tokens_per_second:,.0f} tokens/s", human_bytes(state.bytes_written)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from jaxtyping import Int64, Shaped
 
+from actstore.generations import added_sites
 from actstore.kvstore import Root
-from actstore.ledger import SEAL_KEY, read_plan, read_status, seal
+from actstore.ledger import is_sealed, seal
 from actstore.moments import as_stored
 from actstore.schema import Marker
 from actstore.table import write_table
@@ -64,12 +65,12 @@ def run(plan: ExtractPlan, url: str, *, progress: Callable[[Progress], None] | N
         StorageFullError: there is not enough space for what is missing; checked before anything is written.
     """
     root = Root.of(url)
-    if root.read(SEAL_KEY) is not None:
-        plan.store.refuse_other(read_plan(root), url=root.url)
-        read_status(root, plan.store)  # raises where the root group is damaged
-        return _report(progress, Progress(plan.store.layout.blocks, plan.store.layout.blocks, 0, 0, 0, 0, 0.0))
+    if is_sealed(root, plan.store):
+        blocks = len(plan.store.blocks)
+        return _report(progress, Progress(blocks, blocks, 0, 0, 0, 0, 0.0))
     with Writer(root, plan.store, seal=False, assets=plan.assets) as writer:
-        write_table(root, plan.store, plan.documents)
+        if plan.documents is not None:
+            write_table(root, plan.store, plan.documents)
         state = _compute(plan, writer, progress)
     seal(root, plan.store)
     return _report(progress, state)
@@ -77,11 +78,13 @@ def run(plan: ExtractPlan, url: str, *, progress: Callable[[Progress], None] | N
 
 def _compute(plan: ExtractPlan, writer: Writer, progress: Callable[[Progress], None] | None) -> Progress:
     """All missing blocks, in order. One buffer is filled while others are written."""
-    layout = plan.store.layout
     missing = deque(writer.missing())
-    sizes = {block: layout.block_range(block)[1] - layout.block_range(block)[0] for block in missing}
+    ranges = {block: plan.store.block_range(block) for block in missing}
+    sizes = {block: stop - start for block, (start, stop) in ranges.items()}
+    sample_bytes = sum(site.row_bytes * site.rows_per_sample for site in added_sites(plan.store))
+    blocks = len(plan.store.blocks)
     state = Progress(
-        blocks=layout.blocks, blocks_before=layout.blocks - len(missing), blocks_computed=0,
+        blocks=blocks, blocks_before=blocks - len(missing), blocks_computed=0,
         samples_left=sum(sizes.values()), samples_computed=0, bytes_written=0, seconds=0.0,
     )  # fmt: skip
     started = time.perf_counter()
@@ -89,9 +92,9 @@ def _compute(plan: ExtractPlan, writer: Writer, progress: Callable[[Progress], N
     buffer = None
     with contextlib.closing(forward_steps(plan, list(missing))) as steps:
         for first, rows, contexts in steps:
-            while missing and layout.block_range(missing[0])[0] < first + len(contexts.documents):
+            while missing and ranges[missing[0]][0] < first + len(contexts.documents):
                 block = missing[0]
-                buffer = buffer or next(buffers).begin(*layout.block_range(block))
+                buffer = buffer or next(buffers).begin(*ranges[block])
                 filled = buffer.fill(first, rows, contexts)
                 state = dataclasses.replace(
                     state, samples_computed=state.samples_computed + filled, samples_left=state.samples_left - filled,
@@ -103,7 +106,7 @@ def _compute(plan: ExtractPlan, writer: Writer, progress: Callable[[Progress], N
                 buffer = None
                 state = dataclasses.replace(
                     state, blocks_computed=state.blocks_computed + 1,
-                    bytes_written=state.bytes_written + sizes[block] * layout.sample_bytes,
+                    bytes_written=state.bytes_written + sizes[block] * sample_bytes,
                 )  # fmt: skip
             _report(progress, state)
     writer.close()
@@ -148,7 +151,7 @@ def forward_steps(plan: ExtractPlan, blocks: list[int]) -> Generator[tuple[int, 
 
 def _steps_of(plan: ExtractPlan, blocks: list[int], edges: Int64[np.ndarray, " step_edge"]) -> list[int]:
     """The steps that hold samples of the blocks, ascending."""
-    ranges = [plan.store.layout.block_range(block) for block in blocks]
+    ranges = [plan.store.block_range(block) for block in blocks]
     spans = [
         range(int(np.searchsorted(edges, start, side="right")) - 1, int(np.searchsorted(edges, stop, side="left")))
         for start, stop in ranges
@@ -166,13 +169,13 @@ class _Buffer:
     """The rows and columns of one block while it is filled and written. Reused, so that its pages stay warm."""
 
     def __init__(self, plan: ExtractPlan) -> None:
-        layout = plan.store.layout
+        layout, sites = plan.store.layout, added_sites(plan.store)
         self._sites = {
-            site.name: np.empty((site.rows_per_sample, layout.block_samples, site.width), site.dtype)
-            for site in layout.sites
+            site.name: np.empty((site.rows_per_sample, layout.block_samples, site.width), site.dtype) for site in sites
         }
-        self._layerless = {site.name for site in layout.sites if site.layers is None}
-        self._columns = {column.name: np.empty(layout.block_samples, column.dtype) for column in layout.columns}
+        self._layerless = {site.name for site in sites if site.layers is None}
+        columns = layout.columns if plan.store.adds_samples else ()
+        self._columns = {column.name: np.empty(layout.block_samples, column.dtype) for column in columns}
         self._start = self._stop = self._next = 0
         self.commit: Future[Marker] | None = None
 
@@ -196,10 +199,9 @@ class _Buffer:
             buffer = self._sites[site]
             buffer[:, target] = as_stored(values[:, source], buffer.dtype.name, what=f"site {site!r}")
         tokens = contexts.token_ids[contexts.filled]
-        for name, column in [
-            ("document", contexts.documents), ("position", contexts.document_positions), ("token_id", tokens),
-        ]:  # fmt: skip
-            self._columns[name][target] = column[source]
+        known = {"document": contexts.documents, "position": contexts.document_positions, "token_id": tokens}
+        for name, column in self._columns.items():
+            column[target] = known[name][source]
         self._next = end
         return end - begin
 

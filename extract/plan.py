@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from actstore.errors import InputError
+from actstore.generations import added_sites
 from actstore.layout import ActivationDType, Codec, Layout, Site
 from actstore.schema import Plan
 from actstore.table import DocumentTable
@@ -29,74 +30,105 @@ DEFAULT_SITES = ("resid_post",)
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """Documents that were packed together. A run has one; added layers have one for each time documents came."""
+
+    packing: Packing
+    token_offsets: Int64[np.ndarray, " document_edge"]
+    token_id: Int32[np.ndarray, " token"]
+    first_sample: int = 0
+    first_document: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtractPlan:
-    """A run that is decided but not begun. `store` is the part that the store keeps and compares."""
+    """A run that is decided but not begun. `store` is the part that the store keeps and compares.
+
+    `documents` is the table to write with the rows; None where the store has it already.
+    """
 
     store: Plan
     model: "Model"
     taps: tuple[Tap, ...]
-    documents: DocumentTable
-    packing: Packing
+    parts: tuple[Part, ...]
     batch: int
+    documents: DocumentTable | None
     assets: dict[str, bytes] = dataclasses.field(repr=False)
 
     @property
     def steps(self) -> int:
         """Number of forward passes of the whole run, `batch` contexts each."""
-        return math.ceil(self.packing.contexts / self.batch)
+        return sum(self._steps_of_parts())
+
+    def _steps_of_parts(self) -> list[int]:
+        return [math.ceil(part.packing.contexts / self.batch) for part in self.parts]
 
     def step_edges(self) -> Int64[np.ndarray, " step_edge"]:
-        """First sample of each step, and the number of samples at the end."""
-        edges = self.packing.row_edges()
-        return np.append(edges[:: self.batch][: self.steps], edges[-1])
+        """First sample of each step, and one past the last sample at the end."""
+        firsts = [part.first_sample + part.packing.row_edges()[: -1 : self.batch] for part in self.parts]
+        last = self.parts[-1]
+        return np.concatenate([*firsts, [last.first_sample + last.packing.rows]])
 
     def contexts(self, step: int) -> Contexts:
-        """The input of one step."""
-        table = self.documents
-        return self.packing.take(
-            step * self.batch, self.batch, token_offsets=table.token_offsets, token_id=table.token_id
+        """The input of one step, its documents numbered as in the store."""
+        number = step
+        for part, steps in zip(self.parts, self._steps_of_parts(), strict=True):
+            if number < steps:
+                return self._take(part, number)
+            number -= steps
+        raise IndexError(f"step {step} of {self.steps}")
+
+    def _take(self, part: Part, step: int) -> Contexts:
+        found = part.packing.take(
+            step * self.batch, self.batch, token_offsets=part.token_offsets, token_id=part.token_id
         )  # fmt: skip
+        return dataclasses.replace(found, documents=found.documents + np.int32(part.first_document))
 
     def describe(self) -> str:
         """The plan in a few lines: what is read, computed and written, and what it costs."""
-        layout, packing = self.store.layout, self.packing
+        layout, sizes = self.store.layout, self.as_json()
+        useful = f"{sizes['useful_share']:.1%}"
         sites = "; ".join(
             f"{site.name} {'' if site.layers is None else list(site.layers)} x {site.width} {site.dtype}"
-            for site in layout.sites
+            for site in added_sites(self.store)
         )
         return "\n".join(
             [
                 f"model      {self.model.name}, {self.model.config.layers} layers, computed in {self.model.dtype}",
-                f"documents  {len(self.documents.ids):,}, {len(self.documents.token_id):,} tokens",
-                f"contexts   {packing.contexts:,} of {packing.context} tokens, {packing.useful_share:.1%} useful",
+                f"documents  {sizes['documents']:,}, {sizes['tokens']:,} tokens",
+                f"contexts   {sizes['contexts']:,} of {self.parts[0].packing.context} tokens, {useful} useful",
                 f"steps      {self.steps:,} of {self.batch} contexts",
                 f"sites      {sites}",
-                f"samples    {layout.samples:,}, {layout.data_bytes / 1e6:,.1f} MB",
-                f"blocks     {layout.blocks:,} of {layout.block_samples:,} samples, {layout.shards:,} shards",
+                f"samples    {sizes['samples']:,}, {sizes['bytes'] / 1e6:,.1f} MB",
+                f"blocks     {sizes['blocks']:,} of {layout.block_samples:,} samples, {sizes['shards']:,} shards",
                 f"chunks     {layout.chunk_samples:,} samples, {layout.codec}",
-                f"memory     {layout.block_bytes * 3 / 1e6:,.0f} MB for blocks being filled and written",
+                f"memory     {layout.memory_bytes / 1e6:,.0f} MB for blocks being filled and written",
                 f"fingerprint {self.store.fingerprint[:16]}",
             ]
         )
 
     def as_json(self) -> dict[str, Any]:
         """The numbers of `describe` for a program."""
-        layout = self.store.layout
+        layout, sites = self.store.layout, added_sites(self.store)
+        tokens = sum(len(part.token_id) for part in self.parts)
+        contexts = sum(part.packing.contexts for part in self.parts)
+        samples = sum(part.packing.rows for part in self.parts)
         return {
             "fingerprint": self.store.fingerprint,
+            "generation": self.store.generation,
             "model": self.model.name,
-            "documents": len(self.documents.ids),
-            "tokens": len(self.documents.token_id),
-            "contexts": self.packing.contexts,
-            "useful_share": round(self.packing.useful_share, 4),
+            "documents": sum(len(part.token_offsets) - 1 for part in self.parts),
+            "tokens": tokens,
+            "contexts": contexts,
+            "useful_share": round(samples / (contexts * self.parts[0].packing.context), 4),
             "steps": self.steps,
-            "sites": [dataclasses.asdict(site) for site in layout.sites],
-            "samples": layout.samples,
-            "bytes": layout.data_bytes,
-            "blocks": layout.blocks,
+            "sites": [dataclasses.asdict(site) for site in sites],
+            "samples": samples,
+            "bytes": samples * sum(site.row_bytes * site.rows_per_sample for site in sites),
+            "blocks": len(self.store.blocks),
             "block_samples": layout.block_samples,
             "chunk_samples": layout.chunk_samples,
-            "shards": layout.shards,
+            "shards": len(self.store.blocks) * sum(site.rows_per_sample for site in sites),
         }
 
 
@@ -136,22 +168,19 @@ def make_plan(
         raise InputError("there are no documents to read; expected at least one; check the source and its --limit")
     loaded = model or load_model(folder)
     _check_settings(loaded, context, batch, dtype, codec)
-    taps = _taps(loaded, sites, layers)
+    taps = checked_taps(loaded, sites, layers)
     encoder = tokens.load_tokenizer(folder)
-    if encoder.size > loaded.config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {encoder.size} tokens, the model {loaded.name} embeds {loaded.config.vocab_size}; "
-            "they do not belong together: give the tokenizer of this model"
-        )
+    check_tokenizer(loaded, encoder)
     table = tokens.tokenise(documents, encoder, progress=progress)
     packing = pack(np.diff(table.token_offsets), context)
     layout = Layout.fit(
         _sites(loaded, taps, dtype), samples=packing.rows, block_samples=block_samples, codec=cast(Codec, codec)
     )
-    provenance = _provenance(loaded, encoder, table, packing, batch)
+    provenance = provenance_of(loaded, encoder, table, packing, batch)
     assets = {tokens.FILE: encoder.data, "config.json": (Path(folder) / "config.json").read_bytes()}
     store = Plan.make(layout, provenance, table.layout, assets)
-    return ExtractPlan(store, loaded, taps, table, packing, batch, assets)
+    part = Part(packing, table.token_offsets, table.token_id)
+    return ExtractPlan(store, loaded, taps, (part,), batch, table, assets)
 
 
 def load_model(folder: str | Path, *, dtype: str | None = None) -> "Model":
@@ -186,7 +215,20 @@ def _check_settings(model: "Model", context: int, batch: int, dtype: str, codec:
             raise InputError(f"{what} {value!r} is unknown; expected one of {', '.join(known)}")
 
 
-def _taps(model: "Model", sites: Sequence[str], layers: Sequence[int] | None) -> tuple[Tap, ...]:
+def check_tokenizer(model: "Model", encoder: tokens.Tokenizer) -> None:
+    """Refuses a tokenizer with tokens that the model does not embed.
+
+    Raises:
+        InputError: it has more.
+    """
+    if encoder.size > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {encoder.size} tokens, the model {model.name} embeds {model.config.vocab_size}; "
+            "they do not belong together: give the tokenizer of this model"
+        )
+
+
+def checked_taps(model: "Model", sites: Sequence[str], layers: Sequence[int] | None) -> tuple[Tap, ...]:
     """What to capture, in the order in which it is stored.
 
     Raises:
@@ -214,11 +256,18 @@ def _sites(model: "Model", taps: Sequence[Tap], dtype: str) -> list[Site]:
     return [Site(name, widths[name], layers[name] or None, cast(ActivationDType, dtype)) for name in names]
 
 
-def _provenance(
-    model: "Model", encoder: tokens.Tokenizer, table: DocumentTable, packing: Packing, batch: int
+def provenance_of(
+    model: "Model",
+    encoder: tokens.Tokenizer,
+    table: DocumentTable | None = None,
+    packing: Packing | None = None,
+    batch: int = BATCH,
 ) -> dict[str, Any]:
-    """Everything that decides the bytes. No path, no time, no machine: the same run has the same fingerprint."""
-    return {
+    """Everything that decides the bytes. No path, no time, no machine: the same run has the same fingerprint.
+
+    Without documents and packing, only what is known of the model and its tokenizer.
+    """
+    known: dict[str, Any] = {
         "model": {
             "name": model.name,
             "family": model.config.family,
@@ -228,6 +277,10 @@ def _provenance(
             "weight_processing": "none",
         },
         "tokenizer": {"sha256": encoder.digest, "special_tokens": "none"},
+    }
+    if table is None or packing is None:
+        return known
+    return known | {
         "documents": {"count": len(table.ids), "tokens": len(table.token_id), "sha256": tokens.digest(table)},
         "packing": {"kind": "best-fit", "context": packing.context, "batch": batch},
         "selection": "all tokens",

@@ -24,6 +24,7 @@ from unittest import mock
 import jaxtyping
 import tensorstore as ts
 import xxhash
+from appending import ADDITIONS
 from stores import Contents, make_contents, raw_tensorstore, tree
 
 import actstore
@@ -242,6 +243,18 @@ class Forks:
         """Starts a process that writes blocks of `make_contents()`; its number."""
         return self._ask({"url": str(url), "blocks": list(blocks), "seal": seal, "kill_at": kill_at})
 
+    def append(
+        self,
+        url: Path,
+        addition: str,
+        *,
+        blocks: list[int] | None = None,
+        seal: bool = True,
+        kill_at: str | None = None,
+    ) -> int:
+        """Starts a process that writes some blocks, or all, of one of the `ADDITIONS`; its number."""
+        return self._ask({"url": str(url), "blocks": blocks, "seal": seal, "kill_at": kill_at, "addition": addition})
+
     def finish(self, url: Path) -> None:
         """Seals, then verifies every byte, in one process more.
 
@@ -304,7 +317,14 @@ def serve() -> None:
 
 
 def _work(
-    contents: Contents, *, url: str, blocks: list[int], seal: bool, kill_at: str | None, check: bool = False
+    contents: Contents,
+    *,
+    url: str,
+    blocks: list[int] | None,
+    seal: bool,
+    kill_at: str | None,
+    check: bool = False,
+    addition: str | None = None,
 ) -> None:
     """Writes in a new process, and never returns."""
     signal.alarm(CHILD_SECONDS)
@@ -316,7 +336,11 @@ def _work(
     code = 1
     try:
         with watched(at), without_sync():
-            write(Path(url), contents, blocks, seal=seal)
+            if addition is None:
+                write(Path(url), contents, blocks or [], seal=seal)
+            else:
+                with suppress(SealedStoreError):
+                    ADDITIONS[addition]().write(url, blocks=blocks, seal=seal)
         if check:
             report = verify(Root.of(url), read_plan(Root.of(url)))
             assert (report.status, report.findings) == ("complete", ()), report

@@ -167,6 +167,7 @@ class Steps:
     nodes: tuple[str, ...]
     labels: tuple[str, ...]
     documents: tuple[str, ...]
+    sites: tuple[str, ...]
     blocks: int
     block: Callable[[int], tuple[tuple[str, ...], ...]]
     """Groups of keys of a block: the next group begins when the one before is durable."""
@@ -179,7 +180,8 @@ class Steps:
             return tuple(block_keys(contents.layout, number)), (f"valid/c/{number}",), (marker_key(number),)
 
         written = tuple(f"documents/{name}/c/0" for name in documents)
-        return cls(tuple(nodes), tuple(labels), written, contents.layout.blocks, block)
+        sites = tuple(site.name for site in contents.layout.sites)
+        return cls(tuple(nodes), tuple(labels), written, sites, contents.layout.blocks, block)
 
 
 def model_host(disk: Disk, steps: Steps, rank: int, count: int) -> Request:
@@ -218,6 +220,8 @@ def model_host(disk: Disk, steps: Steps, rank: int, count: int) -> Request:
         return
     for number in range(steps.blocks):
         yield from disk.read(marker_key(number))
+    for site in steps.sites:
+        yield from disk.keys(f"{site}/c/")
     for key in (MANIFEST_KEY, *steps.nodes, "zarr.json", SEAL_KEY):
         yield from disk.put(key, whole[key])
 

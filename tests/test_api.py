@@ -121,7 +121,7 @@ def test_a_column_of_a_row_that_is_not_there_is_an_error_of_ours(store, row):
 def test_damaged_columns_are_an_error(finished, tmp_path):
     path = shutil.copytree(finished, tmp_path / "x.acts.zarr")
     (path / "document" / "c" / "1").unlink()
-    with pytest.raises(CorruptStoreError, match=r"could not read document of .*: missing object at document/c/1"):
+    with pytest.raises(CorruptStoreError, match=r"read document, block 1 of .*: missing object at document/c/1"):
         actstore.open(path).column("document", np.array([20]))
 
 

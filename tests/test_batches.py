@@ -294,7 +294,7 @@ def test_damage_is_an_error_and_the_same_batch_comes_after_repair(finished, tmp_
         found: list[list[int]] = []
         with pytest.raises(CorruptStoreError) as caught:
             found.extend(batch.samples.tolist() for batch in iter(batches.next_batch, None))
-        assert str(caught.value).startswith(f"could not read resid_post of {path}: ")
+        assert str(caught.value).startswith(f"could not read resid_post, layer 5, block 2 of {path}: ")
         assert "\n" not in str(caught.value)
         with pytest.raises(CorruptStoreError):
             batches.next_batch()

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,39 @@ def test_an_error_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="No space left"):
         write_durably(tmp_path / "file", [memoryview(b"new")])
     assert (tmp_path / "file").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_pieces_are_taken_while_the_file_is_written(tmp_path: Path) -> None:
+    """A shard is never in memory a second time: at most a megabyte was taken and is not written yet."""
+    ahead = []
+
+    def made() -> Iterator[memoryview]:
+        for number in range(400):
+            ahead.append(number * 100_000 - (tmp_path / "file.__lock").stat().st_size)
+            yield memoryview(bytes([number % 256]) * 100_000)
+
+    write_durably(tmp_path / "file", made())
+    assert max(ahead) < 1 << 20
+    assert (tmp_path / "file").read_bytes() == b"".join(bytes([number % 256]) * 100_000 for number in range(400))
+
+
+def test_a_piece_that_cannot_be_made_leaves_nothing_and_lets_the_next_writer_in(tmp_path: Path) -> None:
+    write_durably(tmp_path / "file", [memoryview(b"old")])
+    waiting = threading.Thread(target=write_durably, args=(tmp_path / "file", [memoryview(b"next")]))
+
+    def broken() -> Iterator[memoryview]:
+        yield from pieces(1)
+        waiting.start()
+        time.sleep(0.2)  # it waits for our lock
+        assert (tmp_path / "file").read_bytes() == b"old"
+        raise ValueError("no more rows")
+
+    with pytest.raises(ValueError, match="no more rows"):
+        write_durably(tmp_path / "file", broken())
+    waiting.join(60)
+    assert (tmp_path / "file").read_bytes() == b"next"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 HOLD = """

@@ -1,5 +1,7 @@
 """The committed stores of format 1: every later version reads them, whoever reads, and would write the same bytes."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from golden.make import BLOCKS, SAMPLES, STORES, columns, documents, make, values
+from golden.make import BLOCKS, OLDEST, SAMPLES, STORES, columns, documents, make, make_appended, values
 from stores import raw_tensorstore, tree
 
 import actstore
@@ -19,6 +21,27 @@ FINISHED = [name for name, blocks in BLOCKS.items() if len(blocks) == 3]
 
 def golden(name):
     return FOLDER / f"{name}.acts.zarr"
+
+
+def before_chunks(files):
+    """The files of a store as the first writers left them: markers had no `chunks`. The seal follows the manifest."""
+
+    def dump(document):
+        return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+    old = dict(files)
+    for name in [name for name in files if name.startswith(".act/commits/")]:
+        marker = json.loads(files[name])
+        marker.pop("chunks", None)
+        old[name] = dump(marker)
+    if ".act/SEALED.json" in files:
+        manifest, seal = json.loads(files[".act/manifest.json"]), json.loads(files[".act/SEALED.json"])
+        assert seal["manifest_sha256"] == hashlib.sha256(files[".act/manifest.json"]).hexdigest()
+        for marker in manifest["blocks"]:
+            marker.pop("chunks", None)
+        old[".act/manifest.json"] = dump(manifest)
+        old[".act/SEALED.json"] = dump(seal | {"manifest_sha256": hashlib.sha256(dump(manifest)).hexdigest()})
+    return old
 
 
 READERS = {
@@ -66,6 +89,7 @@ LOADERS = {
     "float16": "d8c872ebf3ef9541",
     "float32": "995f7a198f7688ec",
     "several": "e01f80826ed73e00",
+    "chunks": "7d46cab3bafe4dde",
 }
 
 
@@ -110,13 +134,44 @@ def test_an_unfinished_golden_store_can_be_continued(tmp_path):
     with pytest.raises(UnfinishedStoreError):
         actstore.open(tmp_path / "unfinished.acts.zarr")
     path = make("unfinished", tmp_path, blocks=[0, 1, 2])
-    assert tree(path) == tree(golden("bfloat16"))
+    assert before_chunks(tree(path)) == tree(golden("bfloat16"))
 
 
 @pytest.mark.parametrize("name", STORES)
 def test_the_same_bytes_would_be_written_today(tmp_path, name):
     """A change of these bytes is a change of the format: it needs a new format number and new golden stores."""
-    assert tree(make(name, tmp_path)) == tree(golden(name))
+    files = tree(make(name, tmp_path))
+    assert (before_chunks(files) if name in OLDEST else files) == tree(golden(name))
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
+def test_every_reader_sees_what_was_appended(reader):
+    for site in STORES["several"]:
+        np.testing.assert_array_equal(reader(golden("appended"), site.name).astype(np.float64), values(*site_of(site)))
+    for column, expected in columns().items():
+        np.testing.assert_array_equal(reader(golden("appended"), column), expected)
+    np.testing.assert_array_equal(reader(golden("appended"), "layer"), [1, 3])
+    np.testing.assert_array_equal(reader(golden("appended"), "mlp_out_layer"), [3])
+
+
+def site_of(site):
+    return site.width, site.layers
+
+
+def test_the_same_bytes_would_be_appended_today(tmp_path):
+    assert tree(make_appended(tmp_path)) == tree(golden("appended"))
+    store = actstore.open(golden("appended"))
+    assert store.plan.generation == 3
+    assert store.documents.strings("text", np.arange(3)) == list(documents().texts)
+    assert store.documents.numbers("pages", np.arange(3)).tolist() == [1, -2, 3]
+
+
+@pytest.mark.parametrize("name", [name for name in OLDEST if name in FINISHED])
+def test_the_oldest_markers_have_no_chunks(name):
+    """And `before_chunks` changes nothing in them: what the test above leaves out is the new field alone."""
+    files = tree(golden(name))
+    assert b"chunks" not in files[".act/commits/00000000.json"]
+    assert before_chunks(files) == files
 
 
 def test_golden_stores_are_small():

@@ -17,6 +17,8 @@ from actstore.garbage import find_garbage, remove_garbage
 from actstore.kvstore import Root
 from actstore.ledger import TABLE_KEY, marker_key
 
+pytestmark = pytest.mark.slow
+
 PHASES = ["plan", "documents", "block 1", "block 3", "seal"]  # blocks 0 and 2 are written by the steps of block 1
 
 

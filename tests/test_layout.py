@@ -79,13 +79,14 @@ def test_item_bytes_are_those_of_numpy(dtype):
 def test_a_fitted_layout_keeps_its_bounds(fields, samples, memory_bytes):
     sites = make_sites(fields)
     row_bytes = sum(site.row_bytes * site.rows_per_sample for site in sites)
-    assume(samples < MAX_BLOCKS * max(min(memory_bytes, SHARD_BYTES) // row_bytes // 2, 1))
+    assume(samples < MAX_BLOCKS * max(min(memory_bytes // 3, SHARD_BYTES) // row_bytes // 2, 1))
     layout = Layout.fit(sites, samples=samples, memory_bytes=memory_bytes)
     widest = max(site.width * np.dtype(site.dtype).itemsize for site in sites)
     assert layout.samples == samples
     assert layout.block_samples * widest <= SHARD_BYTES
     assert layout.chunk_samples * widest <= CHUNK_BYTES
-    assert layout.block_bytes <= memory_bytes or layout.block_samples == 1
+    assert layout.memory_bytes == 3 * layout.block_bytes
+    assert layout.memory_bytes <= memory_bytes or layout.block_samples == 1
     assert layout.blocks > 1 or layout.padded_samples - samples < layout.chunk_samples
 
 
@@ -210,6 +211,7 @@ def test_a_column_that_cannot_be_stored_is_refused(name, dtype, message):
 
 
 GOOD = Layout((Site("a", 4, (1, 3)), Site("b", 8, (3,)), Site("c", 4, None)), 100, 32, 8)
+WIDE = (Site("b", 4096, None),)
 LAYOUT_ERRORS = {
     "no sites": ({"sites": ()}, "a layout needs 1 to 256 sites and at most 256 columns, found 0 and "),
     "too many columns": (
@@ -235,12 +237,19 @@ LAYOUT_ERRORS = {
         "block_samples 30 is not a multiple of chunk_samples 8; try block_samples=32",
     ),
     "large shard": (
-        {"block_samples": 1 << 27},
+        {"sites": WIDE, "block_samples": 1 << 18},
         (
             "a shard of site 'b' would have 2,147,483,648 bytes, at most 1,073,741,824 can be written at once; "
-            "use block_samples <= 67108864"
+            "use block_samples <= 131072"
         ),
     ),
+    "large block": ({"block_samples": 1 << 24}, "block_samples is 16,777,216; expected at most 8,388,608"),
+    "large chunk": ({"block_samples": 1 << 21, "chunk_samples": 1 << 21}, "chunk_samples is 2,097,152; expected at"),
+    "too many layers of all sites": (
+        {"sites": tuple(Site(f"s{number}", 1, tuple(range(1024))) for number in range(17))},
+        "the number of layers of all sites is 17,408; expected at most 16,384",
+    ),
+    "a block of thousands of digits": ({"block_samples": 10**4000, "chunk_samples": 7}, "block_samples is 10,000,0"),
 }
 
 
@@ -252,7 +261,7 @@ def test_a_layout_that_cannot_be_stored_is_refused(changes, message):
 
 
 def test_the_remedy_of_a_large_shard_works():
-    assert dataclasses.replace(GOOD, block_samples=67_108_864).block_samples == MAX_SHARD_BYTES // 16
+    assert dataclasses.replace(GOOD, sites=WIDE, block_samples=131_072).block_samples == MAX_SHARD_BYTES // 8192
 
 
 def test_fit_needs_a_site():

@@ -29,6 +29,7 @@ from actstore.ledger import (
     read_plan,
     read_status,
     seal,
+    vouched_arrays,
     write_assets,
     write_marker,
 )
@@ -130,13 +131,14 @@ def test_only_markers_count_as_committed(root):
     (root.path / ".act" / "commits").mkdir(parents=True)
     for key in ["00000002.json", "00000000.json", "00000001.json.__lock", "x.json", "0000000a.json", "notes.txt"]:
         (root.path / ".act" / "commits" / key).touch()
-    assert committed_blocks(root) == {0, 2}
+    assert committed_blocks(root, SMALL.plan) == {0, 2}
     assert missing_blocks(root, SMALL.plan) == [1]
 
 
 def test_a_marker_comes_back(root):
-    marker = Marker(format=1, block=1, samples=(4, 8), fingerprint=SMALL.plan.fingerprint, checksums={"x": ("0" * 32,)})
-    write_marker(root, marker)
+    digests = {name: ("0" * 32,) * count for name, count in vouched_arrays(SMALL.plan).items()}
+    marker = Marker(format=1, block=1, samples=(4, 8), fingerprint=SMALL.plan.fingerprint, checksums=digests)
+    write_marker(root, SMALL.plan, marker)
     assert read_marker(root, SMALL.plan, 1) == marker
     assert json.loads((root.path / ".act/commits/00000001.json").read_bytes())["block"] == 1
 
@@ -144,14 +146,18 @@ def test_a_marker_comes_back(root):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"samples": (4, 7)}, r"vouches for samples \(4, 7\) of .*; the plan has \(4, 8\) of "),
+        ({"checksums": {"x": ("0" * 32,)}}, r"vouches for samples \(4, 8\) of x x 1; the plan has "),
+        ({"chunks": {"resid_post": ("0" * 8,)}}, "does not vouch for every chunk of resid_post"),
         ({"fingerprint": "0" * 64}, "is of block 1 of plan 000000000000, expected block 1 of "),
         ({"block": 2}, "is of block 2 of plan "),
         (None, "is missing; block 1 must be written again"),
     ],
-    ids=["another plan", "another block", "missing"],
+    ids=["other samples", "other arrays", "too few chunks", "another plan", "another block", "missing"],
 )
 def test_a_marker_of_something_else_is_refused(root, changes, message):
-    marker = Marker(format=1, block=1, samples=(4, 8), fingerprint=SMALL.plan.fingerprint, checksums={})
+    digests = {name: ("0" * 32,) * count for name, count in vouched_arrays(SMALL.plan).items()}
+    marker = Marker(format=1, block=1, samples=(4, 8), fingerprint=SMALL.plan.fingerprint, checksums=digests)
     if changes is not None:
         root.write(".act/commits/00000001.json", marker.model_copy(update=changes).to_json())
     with pytest.raises(CorruptStoreError, match=message):

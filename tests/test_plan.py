@@ -29,7 +29,7 @@ def plan(model: Model, **settings: Any) -> extract.ExtractPlan:
 def test_the_numbers_fit_together(model: Model) -> None:
     made = plan(model, context=64, batch=4, sites=["resid_post", "mlp_post", "final_norm"], layers=[3, 1])
     tokens = len(made.documents.token_id)
-    assert made.store.layout.samples == tokens == made.packing.rows
+    assert made.store.layout.samples == tokens == made.parts[0].packing.rows
     assert [(site.name, site.layers, site.width) for site in made.store.layout.sites] == [
         ("resid_post", (1, 3), 128), ("mlp_post", (1, 3), 320), ("final_norm", None, 128),
     ]  # fmt: skip

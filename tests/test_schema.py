@@ -34,6 +34,7 @@ DOCUMENTS = {
     "plan": PLAN,
     "plan without documents": Plan.make(LAYOUT, {}),
     "marker": MARKER,
+    "marker with chunks": MARKER.model_copy(update={"chunks": {"a": ("0123cdef", "f" * 16)}}),
     "documents marker": TableMarker(format=1, fingerprint=PLAN.fingerprint, checksums={"text_bytes": "a" * 32}),
     "manifest": Manifest(format=1, fingerprint=PLAN.fingerprint, blocks=(MARKER, MARKER)),
     "seal": Seal(format=1, fingerprint=PLAN.fingerprint, manifest_sha256="0" * 64),
@@ -255,6 +256,8 @@ WRONG = {
         edited(DOCUMENTS["manifest"], blocks=[{"format": 1}]),
         "blocks.0.block: Field required",
     ),
+    "half a digest": (Marker, edited(MARKER, chunks={"a": ["0" * 12]}), "chunks.a.0: String should match pattern"),
+    "no digest": (Marker, edited(MARKER, chunks={"a": [""]}), "chunks.a.0: String should match pattern"),
     "layout that cannot be": (
         Plan,
         edited(PLAN, layout=json.loads(PLAN.to_json())["layout"] | {"samples": 0}),

@@ -118,6 +118,15 @@ REFUSED = {
     ),
     "token dtype": ({"token_id": TABLE.token_id.astype(int)}, "token_id is int64 (130,), expected int32 (130,)"),
     "spans": ({"token_end": TABLE.token_end[1:]}, "documents: token_end is uint32 (129,), expected uint32 (130,)"),
+    "token past its text": (
+        {"token_end": TABLE.token_end + np.uint32(1000)},
+        "documents: token 0 of document 'doc-ä0' has the bytes 0 to 1001 of a text of 83 bytes; give places",
+    ),
+    "token backwards": ({"token_start": TABLE.token_end + np.uint32(1)}, "token 0 of document 'doc-ä0' has the bytes "),
+    "a long text": (
+        {"texts": ["x" * (64 << 20) + "x", *TEXTS[1:]]},
+        "documents: one has 67,108,865 bytes of text or tokens, at most 67,108,864 can be read at once; cut it into",
+    ),
     "column name": ({"columns": {"a b": [1] * COUNT}}, "document column name 'a b' is not allowed"),
     "column taken": ({"columns": {"text": ["a"] * COUNT}}, "column name 'text' is used by the format itself"),
 }  # fmt: skip
@@ -223,7 +232,7 @@ DAMAGES = {
     "offsets past the end": (
         "text_offsets",
         lambda edges: edges * 100,
-        "could not read documents of .*actstore verify",
+        "text_offsets of .* does not ascend from 0 to the size of its column; run `actstore verify`",
     ),
     "not UTF-8": ("text_bytes", lambda data: data | 0x80, "text_bytes of .* is not UTF-8; run `actstore verify`"),
 }

@@ -1,6 +1,8 @@
 """The writer: bytes against TensorStore's own, the order of writes as the system sees it, kills, and refusals."""
 
 import dataclasses
+import itertools
+import json
 import os
 import re
 import shutil
@@ -23,6 +25,7 @@ from actstore import Layout, Site
 from actstore.errors import InputError, PlanMismatchError, SealedStoreError, StorageError, UnfinishedStoreError
 from actstore.kvstore import Root
 from actstore.metadata import array_metadata
+from actstore.shards import chunk_digests
 
 CODECS = ["crc32c", "none", "zstd"]
 SMALL = make_contents(Layout((Site("resid_post", 3, (0, 4)),), 11, 4, 2), documents=False)
@@ -70,6 +73,71 @@ def test_shards_are_byte_for_byte_those_of_tensorstore(tmp_path, codec, chunk):
         padded[..., : layout.samples, :] = rows
         array.write(padded).result()
         assert tree(path / name) == tree(tmp_path / name)
+
+
+def slow_crc32c(data: bytes) -> int:
+    """CRC-32C bit by bit, as RFC 3720 has it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def test_the_slow_checksum_is_that_of_the_standard():
+    assert slow_crc32c(b"123456789") == 0xE3069283
+    assert slow_crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+def test_markers_have_the_checksum_of_every_chunk(tmp_path, codec, chunk):
+    """Of the rows in memory; the last chunk of the last block counts without its padding."""
+    layout = dataclasses.replace(LAYOUT, codec=codec, chunk_samples=chunk)
+    contents = make_contents(layout, documents=False)
+    path = contents.write(tmp_path / "x.acts.zarr")
+    for block in range(layout.blocks):
+        first, last = layout.block_range(block)
+        expected = {}
+        for site in layout.sites:
+            layers = contents.rows[site.name].reshape(site.rows_per_sample, layout.samples, site.width)
+            starts = range(first, last, chunk)
+            expected[site.name] = [
+                "".join(f"{slow_crc32c(rows[at : min(at + chunk, last)].tobytes()):08x}" for at in starts)
+                for rows in layers
+            ]
+        marker = json.loads((path / f".act/commits/{block:08d}.json").read_bytes())
+        assert marker["chunks"] == expected
+
+
+PARTS = {  # start, samples, chunk_samples: where the pieces end
+    "one chunk": (0, 4, 4, [4]),
+    "from a chunk's middle": (3, 9, 4, [1, 5, 9]),
+    "within a chunk": (5, 2, 4, [2]),
+    "to a chunk's end": (6, 2, 4, [2]),
+    "one row at a chunk's end": (7, 6, 4, [1, 5, 6]),
+    "far away": (10**12 + 2, 3, 4, [2, 3]),
+    "chunks of one": (5, 3, 1, [1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize(("start", "count", "chunk", "ends"), PARTS.values(), ids=PARTS.keys())
+def test_chunks_are_cut_at_their_edges_wherever_the_rows_begin(start, count, chunk, ends):
+    rows = stores.make_rows(Site("a", 3, None), count)
+    pieces = [rows[first:last].tobytes() for first, last in itertools.pairwise([0, *ends])]
+    expected = "".join(f"{slow_crc32c(piece):08x}" for piece in pieces)
+    assert chunk_digests(rows, start=start, chunk_samples=chunk) == expected
+
+
+def test_a_marker_that_would_be_too_long_has_no_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("actstore.writer.MAX_CHUNK_DIGESTS", 4)  # a block of SMALL has two layers of two chunks
+    path = SMALL.write(tmp_path / "x.acts.zarr")
+    assert json.loads((path / ".act/commits/00000000.json").read_bytes())["chunks"].keys() == {"resid_post"}
+    monkeypatch.setattr("actstore.writer.MAX_CHUNK_DIGESTS", 3)
+    path = SMALL.write(tmp_path / "y.acts.zarr")
+    assert json.loads((path / ".act/commits/00000000.json").read_bytes())["chunks"] == {}
+    actstore.open(path)
 
 
 def test_labels_and_valid_of_an_unfinished_store(unfinished, contents):
@@ -212,7 +280,7 @@ def test_a_block_that_does_not_fit_is_refused_at_once(tmp_path, contents, activa
 def test_a_block_that_is_not_in_the_layout_is_refused(tmp_path, contents, block):
     activations, columns = contents.block(0)
     writer = contents.create(tmp_path / "x.acts.zarr")
-    with pytest.raises(InputError, match=f"block {block} does not exist; this layout has blocks 0 to 3"):
+    with pytest.raises(InputError, match=f"block {block} does not exist; this plan writes blocks 0 to 3"):
         writer.write(block, activations, samples=columns)
 
 

@@ -1,7 +1,6 @@
-"""Writing beside np.tofile with fsync; shuffled reading beside np.memmap and np.take."""
+"""Shuffled reading beside np.memmap and np.take."""
 
 import itertools
-import os
 from pathlib import Path
 
 import ml_dtypes
@@ -10,40 +9,15 @@ import numpy as np
 import actstore
 from tests.benchmarks.timing import median_seconds, remove
 
-WIDTH, LAYERS = 896, (6, 12, 18, 23)
-BLOCK_SAMPLES, BLOCKS = 65_536, 4  # 117 MB a shard, 1.9 GB in all
+WIDTH, BLOCK_SAMPLES, BLOCKS = 896, 65_536, 4  # 117 MB a shard
 BATCH = 4096
 
 
 def measure(folder: Path, *, repeats: int) -> dict[str, object]:
     """All figures of the store without a model: MB/s of activations, in decimal megabytes."""
     rng = np.random.default_rng(0)
-    block = rng.standard_normal((len(LAYERS), BLOCK_SAMPLES, WIDTH), np.float32).astype(ml_dtypes.bfloat16)
-    return {"write": write(folder, block, repeats), "read": read(folder, block[0], repeats)}
-
-
-def write(folder: Path, block: np.ndarray, repeats: int) -> dict[str, object]:
-    """Four blocks of four layers, created, sealed and durable at the end of each turn."""
-    samples = BLOCK_SAMPLES * BLOCKS
-    layout = actstore.Layout((actstore.Site("resid_post", WIDTH, LAYERS),), samples, BLOCK_SAMPLES, 256, ())
-
-    def with_actstore() -> None:
-        with actstore.create(folder / "write.acts.zarr", layout, {}) as writer:
-            for number in range(BLOCKS):
-                writer.write(number, {"resid_post": block})
-
-    def with_tofile() -> None:
-        (folder / "plain").mkdir(exist_ok=True)
-        for number, layer in itertools.product(range(BLOCKS), range(len(LAYERS))):
-            with (folder / f"plain/{number}-{layer}.bin").open("wb") as file:
-                block[layer].tofile(file)
-                file.flush()
-                os.fsync(file.fileno())
-
-    ways = {"actstore": with_actstore, "np.tofile + fsync": with_tofile}
-    places = {"actstore": folder / "write.acts.zarr", "np.tofile + fsync": folder / "plain"}
-    seconds = median_seconds(ways, repeats=repeats, after=lambda name: remove(places[name]))
-    return rates("write", block.nbytes * BLOCKS, seconds)
+    layer = rng.standard_normal((BLOCK_SAMPLES, WIDTH), np.float32).astype(ml_dtypes.bfloat16)
+    return {"read": read(folder, layer, repeats)}
 
 
 def read(folder: Path, layer: np.ndarray, repeats: int) -> dict[str, object]:

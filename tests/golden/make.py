@@ -22,7 +22,10 @@ STORES: dict[str, tuple[Site, ...]] = {
         Site("final_norm", 8, None, "float32"),
     ),
     "unfinished": (Site("resid_post", 8, (1, 3)),),
+    "chunks": (Site("resid_post", 8, (1, 3)), Site("final_norm", 8, None, "float32")),
 }
+OLDEST = ("bfloat16", "float16", "float32", "several", "unfinished")
+"""Made before markers had the field `chunks`."""
 BLOCKS = {name: [0, 2] if name == "unfinished" else [0, 1, 2] for name in STORES}
 TEXTS = ("Grüße, Welt", "日本語 ok", "third")
 TOKENS_PER_DOCUMENT = 4
@@ -75,6 +78,51 @@ def make(name: str, folder: Path, *, blocks: list[int] | None = None) -> Path:
     return target
 
 
+def some_documents(start: int, stop: int) -> DocumentTable:
+    """Documents `start` to `stop - 1` of `documents()`."""
+    table = documents()
+    tokens = slice(*table.token_offsets[[start, stop]])
+    return DocumentTable(
+        ids=table.ids[start:stop],
+        texts=table.texts[start:stop],
+        token_offsets=table.token_offsets[start : stop + 1] - tokens.start,
+        token_id=table.token_id[tokens],
+        token_start=table.token_start[tokens],
+        token_end=table.token_end[tokens],
+        columns={name: column[start:stop] for name, column in table.columns.items()},
+    )
+
+
+def make_appended(folder: Path) -> Path:
+    """The rows of `several` in three generations: a document, the other two, then a layer and the other sites."""
+    target = folder / "appended.acts.zarr"
+    first, *sites = STORES["several"]
+    base = Site(first.name, first.width, (1,))
+    layout = Layout((base,), TOKENS_PER_DOCUMENT + 1, BLOCK, CHUNK)  # the last block is short
+    provenance = {"model": {"name": "golden"}}
+
+    def fill(writer: actstore.Writer, kept: tuple[Site, ...], *, with_columns: bool) -> None:
+        for block in writer.missing():
+            span = slice(*writer.block_range(block))
+            rows = {site.name: values(site.width, site.layers)[..., span, :] for site in kept}
+            samples = {name: column[span] for name, column in columns().items()} if with_columns else {}
+            writer.write(block, rows, samples=samples)
+
+    with actstore.create(target, layout, provenance, documents=some_documents(0, 2)) as writer:
+        fill(writer, (base,), with_columns=True)
+    more = {"samples": SAMPLES - layout.samples, "documents": some_documents(2, 3)}
+    with actstore.append(target, provenance | {"run": 2}, **more) as writer:
+        fill(writer, (base,), with_columns=True)
+    added = (Site(first.name, first.width, (3,)), *sites)
+    with actstore.append(target, provenance | {"run": 3}, sites=added) as writer:
+        fill(writer, added, with_columns=False)
+    return target
+
+
 if __name__ == "__main__":
+    here = Path(__file__).parent
     for store in STORES:
-        print(make(store, Path(__file__).parent).name)
+        if not (here / f"{store}.acts.zarr").exists():
+            print(make(store, here).name)
+    if not (here / "appended.acts.zarr").exists():
+        print(make_appended(here).name)

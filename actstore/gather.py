@@ -1,0 +1,294 @@
+"""Reads chosen rows: every chunk that holds one is read once, whole, and compared with its commit marker.
+
+A chunk whose rows are not those that were committed is an error, wherever it comes from: a swapped or stale shard is
+sound in itself, only the marker knows better.
+"""
+
+import dataclasses
+import functools
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int64, Shaped
+
+from actstore.errors import CorruptStoreError
+from actstore.kvstore import TIMEOUT_SECONDS, Root, storage_errors
+from actstore.layout import Layout
+from actstore.ledger import checksum
+from actstore.metadata import array_metadata
+from actstore.moments import to_float32
+from actstore.objects import Objects
+from actstore.schema import Plan
+from actstore.shards import chunk_digests
+from actstore.vouchers import Vouchers
+
+FLIGHT_BYTES = 16 << 20  # of chunks being read: 32 of 512 KiB for 16 threads; more costs caches more than it hides
+STRETCH_BYTES = 4 << 20  # of neighbouring chunks that are read at once
+REMEDY = ", then `actstore repair`"
+
+Samples: TypeAlias = range | Int64[np.ndarray, " row"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A stored array of a site, of its norms, or of a column. Without `vouchers` nothing is compared."""
+
+    array: ts.TensorStore
+    name: str
+    layout: Layout
+    url: str
+    vouchers: Vouchers | None
+
+    @classmethod
+    def open(cls, root: Root, plan: Plan, name: str, *, vouchers: Vouchers | None) -> "Source":
+        """The array `name` with the shape of a finished store. Costs no request."""
+        array = root.open_array(name, array_metadata(plan, complete=True)[name])
+        return cls(array, name, plan.layout, root.url, vouchers)
+
+    @property
+    def is_site(self) -> bool:
+        """Whether it holds activations; norms and columns are not sharded."""
+        return any(site.name == self.name for site in self.layout.sites)
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Labels along its layer axis; None where it has none."""
+        site = self.layout.site_of(self.name)
+        return site.layers if site else None
+
+    @property
+    def chunk_samples(self) -> int:
+        """Samples that are read and compared together: a chunk of a site, a whole block of norms and columns."""
+        return self.layout.chunk_samples if self.is_site else self.layout.block_samples
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample of one layer."""
+        width = self.array.shape[-1] if self.is_site else 1
+        return width * self.array.dtype.numpy_dtype.itemsize
+
+    def shard(self, layer: int, sample: int) -> str:
+        """How a person calls the shard that holds a sample: array, layer label, block, store."""
+        label = "" if self.layers is None else f", layer {self.layers[layer]}"
+        return f"{self.name}{label}, block {sample // self.layout.block_samples} of {self.url}"
+
+    def part(self, layer: int, start: int, stop: int) -> ts.TensorStore:
+        """Samples `start` to `stop - 1` of one layer; their objects are looked at, nothing is read."""
+        span = slice(start, stop)
+        return self._objects.view(span) if self.layers is None else self._objects.view(layer, span)
+
+    @functools.cached_property
+    def _objects(self) -> Objects:
+        return Objects.of(self.array)
+
+
+class _Stretch(NamedTuple):
+    """Neighbouring chunks: samples `start` to `stop - 1`; places `first` to `last - 1` of what was asked for."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    whole: bool
+
+
+class _Read(NamedTuple):
+    """A stretch of one layer on its way into `values`: `out` itself, or a buffer to pick from when it is there."""
+
+    layer: int
+    stretch: _Stretch
+    future: Any
+    values: Shaped[np.ndarray, "sample *stored"]
+    out: Shaped[np.ndarray, "row *width"]
+
+
+def gather(
+    source: Source,
+    layers: Sequence[int],
+    samples: Samples,
+    out: Shaped[np.ndarray, "layer row *width"],
+    *,
+    width: slice | Int64[np.ndarray, " chosen"] = slice(None),
+) -> None:
+    """Fills `out` with the rows of some layers and samples.
+
+    Args:
+        source: where to read.
+        layers: indices along the layer axis; `[0]` where there is none.
+        samples: ascending, all of them there.
+        out: C-contiguous, in the stored dtype, or float32 for bfloat16, which is then widened.
+        width: which values of each row. Whole rows are read anyway.
+
+    Chunks that are wanted whole are read straight into `out` where it has their dtype and width. Memory beside `out`:
+    `FLIGHT_BYTES`, or one chunk where that is larger.
+
+    Raises:
+        CorruptStoreError: a shard is missing, damaged, swapped or stale; names site, layer and block.
+        StorageError: the storage failed.
+    """
+    same = out.dtype == source.array.dtype.numpy_dtype and isinstance(width, slice) and width == slice(None)
+    pending: deque[_Read] = deque()
+    spare: list[Shaped[np.ndarray, "sample *stored"]] = []  # buffers used before: new memory costs as much as reading
+    flying = 0
+    for place, stretch in _order(source, len(layers), samples):
+        size = (stretch.stop - stretch.start) * source.sample_bytes
+        while pending and flying + size > FLIGHT_BYTES:
+            landed = pending.popleft()
+            flying -= _land(source, landed, samples, width)
+            if landed.values is not landed.out:
+                spare.append(landed.values)
+        target = out[place, stretch.first : stretch.last]
+        values = target if same and stretch.whole else _buffer(source, stretch.stop - stretch.start, spare)
+        pending.append(_start(source, layers[place], stretch, values, target))
+        flying += size
+    for read in pending:
+        _land(source, read, samples, width)
+
+
+def _order(source: Source, layers: int, samples: Samples) -> Iterator[tuple[int, _Stretch]]:
+    """What to read in which order: block by block, so that each marker is read once; then layer by layer."""
+    for _, first, last in _tiles(samples, source.layout.block_samples):
+        stretches = list(_stretches(source, samples[first:last], first))
+        yield from ((place, stretch) for place in range(layers) for stretch in stretches)
+
+
+def _stretches(source: Source, samples: Samples, offset: int) -> Iterator[_Stretch]:
+    """The chunks of one block that hold `samples`; neighbours that are wanted whole are joined."""
+    size, most = source.chunk_samples, STRETCH_BYTES // source.sample_bytes
+    held: _Stretch | None = None
+    for number, first, last in _tiles(samples, size):
+        start, stop = number * size, min((number + 1) * size, source.layout.samples)
+        found = _Stretch(start, stop, offset + first, offset + last, _is_run(samples[first:last], stop - start))
+        if held and held.whole and found.whole and held.stop == start and stop - held.start <= most:
+            held = found._replace(start=held.start, first=held.first)
+            continue
+        if held:
+            yield held
+        held = found
+    if held:
+        yield held
+
+
+def _tiles(samples: Samples, size: int) -> Iterator[tuple[int, int, int]]:
+    """Number of each tile of `size` samples that is wanted, and the places of its samples, [first, last)."""
+    first = 0
+    while first < len(samples):
+        number = int(samples[first]) // size
+        last = bisect_left(samples, (number + 1) * size, first)
+        yield number, first, last
+        first = last
+
+
+def _is_run(samples: Samples, count: int) -> bool:
+    """Whether these are `count` samples, one after the other."""
+    if len(samples) != count:
+        return False
+    return samples.step == 1 or count == 1 if isinstance(samples, range) else bool((np.diff(samples) == 1).all())
+
+
+def _buffer(
+    source: Source, samples: int, spare: list[Shaped[np.ndarray, "sample *stored"]]
+) -> Shaped[np.ndarray, "sample *stored"]:
+    """Memory for a stretch: a spare buffer of its size, or a new one."""
+    fitting = next((place for place, buffer in enumerate(spare) if len(buffer) == samples), None)
+    if fitting is not None:
+        return spare.pop(fitting)
+    spare.clear()  # of another size: what flies and what is spare stay within one bound
+    return np.empty((samples, *source.array.shape[-1:]) if source.is_site else samples, source.array.dtype.numpy_dtype)
+
+
+def _start(
+    source: Source,
+    layer: int,
+    stretch: _Stretch,
+    values: Shaped[np.ndarray, "sample *stored"],
+    out: Shaped[np.ndarray, "row *width"],
+) -> _Read:
+    """Starts to read a stretch into `values`."""
+    try:
+        part = source.part(layer, stretch.start, stretch.stop)
+    except CorruptStoreError as error:
+        raise CorruptStoreError(f"could not read {source.shard(layer, stretch.start)}: {error}{REMEDY}") from None
+    return _Read(layer, stretch, ts.array(values).write(part), values, out)
+
+
+def _land(source: Source, read: _Read, samples: Samples, width: slice | Int64[np.ndarray, " chosen"]) -> int:
+    """Waits for a stretch, compares it, and puts its wanted rows where they belong; the bytes that were read."""
+    stretch = read.stretch
+    try:
+        with storage_errors(f"read {source.shard(read.layer, stretch.start)}"):
+            read.future.result(timeout=TIMEOUT_SECONDS)
+    except CorruptStoreError as error:
+        raise CorruptStoreError(f"{error}{REMEDY}") from None
+    if source.vouchers is not None:
+        _compare(source, source.vouchers, read.layer, stretch.start, read.values)
+    if read.values is not read.out:
+        wanted = samples[stretch.first : stretch.last]
+        _put(read.values if stretch.whole else read.values[_within(wanted, stretch.start)], read.out, width)
+    return read.values.nbytes
+
+
+def _compare(
+    source: Source, vouchers: Vouchers, layer: int, start: int, values: Shaped[np.ndarray, "sample *width"]
+) -> None:
+    """Compares whole chunks, the first one beginning at sample `start`, with what vouches for them.
+
+    Raises:
+        CorruptStoreError: they are not the rows that were committed.
+    """
+    for first in range(0, len(values), source.chunk_samples):
+        chunk = values[first : first + source.chunk_samples]
+        wrong = _difference(source, vouchers, layer, start + first, chunk)
+        if wrong:
+            vouchers.forget(start // source.layout.block_samples)  # it may have been repaired since its marker was read
+            wrong = _difference(source, vouchers, layer, start + first, chunk)
+        if wrong:
+            raise CorruptStoreError(f"{source.shard(layer, start)}: {wrong}; run `actstore verify`{REMEDY}")
+
+
+def _difference(
+    source: Source, vouchers: Vouchers, layer: int, start: int, chunk: Shaped[np.ndarray, "sample *width"]
+) -> str | None:
+    """What is wrong with a chunk that begins at sample `start`, if anything."""
+    try:
+        pieces = vouchers.pieces(source.name, layer, start, start + len(chunk))
+    except CorruptStoreError as error:
+        shard = source.shard(layer, start)
+        raise CorruptStoreError(
+            f"{shard} cannot be compared with its commit marker: {error}; run `actstore verify`{REMEDY}"
+        ) from None
+    for piece in pieces:
+        rows = chunk[piece.start - start : piece.stop - start]
+        size = source.chunk_samples
+        found = chunk_digests(rows, start=piece.start, chunk_samples=size) if source.is_site else checksum(rows)
+        if found != piece.digest:
+            return (
+                f"samples {piece.start} to {piece.stop - 1} have the checksum {found}, their commit marker has "
+                f"{piece.digest}: swapped, stale or edited"
+            )
+    return None
+
+
+def _within(samples: Samples, start: int) -> slice | Int64[np.ndarray, " row"]:
+    """Samples of one stretch as an index into it; never empty."""
+    if isinstance(samples, range):
+        return slice(samples[0] - start, samples[-1] - start + 1, samples.step)
+    return samples - start
+
+
+def _put(
+    rows: Shaped[np.ndarray, "row *stored"],
+    out: Shaped[np.ndarray, "row *width"],
+    width: slice | Int64[np.ndarray, " chosen"],
+) -> None:
+    """Copies the chosen values of rows, and widens them where `out` is wider."""
+    chosen = rows[..., width] if rows.ndim > 1 else rows
+    if chosen.dtype == out.dtype:
+        plain = f"u{out.dtype.itemsize}"  # NumPy copies types it knows faster
+        out.view(plain)[...] = chosen.view(plain)
+    else:
+        to_float32(chosen, out.view(np.uint32))

@@ -1,0 +1,124 @@
+"""The objects of an array, looked at before TensorStore reads them: a hostile one would cost more than its rows.
+
+TensorStore reads an object without a shard index whole, however large it is, waits for ever on a pipe, and believes
+the lengths in a shard's index. So no object may be larger than the rows it holds, and no chunk of a shard either. What
+is too small or not there is left to TensorStore, whose errors name it.
+"""
+
+import dataclasses
+import errno
+import functools
+import itertools
+import math
+import os
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from jaxtyping import UInt64
+
+from actstore.errors import CorruptStoreError
+
+CHECKSUM_BYTES = 4
+MISSING = (1 << 64) - 1  # offset and length of a chunk that is not there
+_SHARDS_KEPT = 1 << 14  # whose index was looked at; looked at again when the file changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Objects:
+    """One array and what its objects may cost. Cheap to make; nothing is read until `view` is called."""
+
+    array: Any
+    folder: str
+    shape: tuple[int, ...]
+    """Of one object."""
+    most_bytes: int
+    """Of one object."""
+    chunks: int
+    """In one object; 0 where it has no index."""
+    most_chunk_bytes: int
+
+    @classmethod
+    def of(cls, array: Any) -> "Objects":
+        """The objects of a whole array as `Root.open_array` gives it."""
+        layout, codecs = array.chunk_layout, array.codec.to_json()["codecs"]
+        shape, chunk = layout.write_chunk.shape, layout.read_chunk.shape
+        item = array.dtype.numpy_dtype.itemsize
+        whole, part = math.prod(shape) * item, math.prod(chunk) * item
+        if codecs[0]["name"] != "sharding_indexed":
+            return cls(array, array.kvstore.path, shape, whole + CHECKSUM_BYTES, 0, 0)
+        names = [codec["name"] for codec in codecs[0]["configuration"]["codecs"]]
+        chunks = whole // part
+        most = part + CHECKSUM_BYTES * ("crc32c" in names)
+        most += (part // 128 + 1024) * ("zstd" in names)  # twice what rows that cannot be compressed grow by
+        return cls(array, array.kvstore.path, shape, chunks * (most + 16) + CHECKSUM_BYTES, chunks, most)
+
+    def view(self, *selection: int | slice) -> Any:
+        """The part of the array that `selection` names, ready to be read; its objects are looked at now.
+
+        Costs a look at each file, and one small read for each shard that was not looked at before.
+
+        Raises:
+            CorruptStoreError: an object is no file, is too large, or has an index that claims too much.
+        """
+        for key in self._keys(selection):
+            self._check(f"{self.folder}{key}")
+        return self.array[selection] if selection else self.array
+
+    def _keys(self, selection: tuple[int | slice, ...]) -> Iterator[str]:
+        """The objects that hold a selection; axes that are not named are whole."""
+        whole = (slice(None),) * (len(self.shape) - len(selection))
+        cells = []
+        for index, size, length in zip((*selection, *whole), self.shape, self.array.shape, strict=True):
+            start, stop = index.indices(length)[:2] if isinstance(index, slice) else (index, index + 1)
+            cells.append(range(start // size, -(-stop // size)))
+        for cell in itertools.product(*cells):
+            yield "/".join(map(str, ("c", *cell)))
+
+    def _check(self, path: str) -> None:
+        try:
+            found = os.stat(path)  # noqa: PTH116  a string costs half as much
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                raise CorruptStoreError(f"{path}: {error.strerror}; run `actstore verify`") from None
+            return  # TensorStore says what is wrong
+        if not stat.S_ISREG(found.st_mode):
+            raise CorruptStoreError(f"{path} is {kind_of(found.st_mode)}, expected a file; run `actstore verify`")
+        if found.st_size > self.most_bytes:
+            raise CorruptStoreError(
+                f"{path} has {found.st_size:,} bytes, expected at most {self.most_bytes:,}; run `actstore verify`"
+            )
+        if self.chunks:
+            longest = _longest_chunk(path, found.st_size, found.st_mtime_ns, found.st_ino, self.chunks)
+            if longest > self.most_chunk_bytes:
+                raise CorruptStoreError(
+                    f"{path} has an index with a chunk of {longest:,} bytes, expected at most "
+                    f"{self.most_chunk_bytes:,}; run `actstore verify`"
+                )
+
+
+@functools.lru_cache(maxsize=_SHARDS_KEPT)
+def _longest_chunk(path: str, size: int, _changed: int, _number: int, chunks: int) -> int:
+    """The longest chunk that the index at the end of a shard claims. The file's time and number are for the cache."""
+    length = 16 * chunks
+    if size < length + CHECKSUM_BYTES:
+        return 0
+    with open(path, "rb") as file:  # noqa: PTH123  the same
+        file.seek(size - length - CHECKSUM_BYTES)
+        data, stored = file.read(length), file.read(CHECKSUM_BYTES)
+    if google_crc32c.value(data) != int.from_bytes(stored, "little"):
+        return 0  # TensorStore looks at the checksum first, and refuses it
+    index: UInt64[np.ndarray, "chunk 2"] = np.frombuffer(data, "<u8").reshape(chunks, 2)
+    lengths = index[(index != MISSING).any(axis=1), 1]
+    return int(lengths.max(initial=0))
+
+
+def kind_of(mode: int) -> str:
+    """What a file that is not a regular one is called."""
+    kinds = {
+        stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }  # fmt: skip
+    return kinds.get(stat.S_IFMT(mode), "no file")
