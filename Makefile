@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test lint bench docs wheel-check other-python clean help
+.PHONY: demo test lint bench docs wheel-check other-python trainers clean help
 
 help:
 	@echo "make demo          text -> activations -> store -> trained SAE, on a real model"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench         benchmarks, one JSON line last"
 	@echo "make wheel-check   build the wheel, read a store in an empty environment"
 	@echo "make other-python  the tests on the newest other Python found"
+	@echo "make trainers      real trainers on a small store, each in its own environment: 8 GB, ten minutes"
 
 # One stamp per set of extras: pip runs again only when pyproject.toml has changed.
 $(VENV)/.%: pyproject.toml
@@ -46,5 +47,9 @@ wheel-check: $(VENV)/.test
 other-python: $(VENV)/.test
 	$(BIN)/python tests/other_python.py
 
+# Says loudly which trainer could not be installed, and then fails: TRAINERS="saelens sparsify" runs only some.
+trainers:
+	$(PYTHON) -m tests.trainers $(TRAINERS)
+
 clean:
-	rm -rf $(VENV) docs/_build build dist
+	rm -rf $(VENV) .venv-trainers docs/_build build dist

@@ -3,13 +3,13 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Int, Int64
 
-from actstore.batches import WINDOW_BYTES, Batches
+from actstore.batches import WINDOW_BYTES, Array, Batches, Order, Selection
 from actstore.errors import InputError, UnfinishedStoreError, UnknownNameError
 from actstore.generations import extend
 from actstore.kvstore import Root
@@ -89,42 +89,119 @@ class Store:
         """
         return open_dataset(self._root, self.plan, raw=raw, partial=partial, check=check)
 
+    @overload
+    def batches(
+        self,
+        *,
+        batch_size: int,
+        site: str = ...,
+        layer: int | None = ...,
+        sites: None = ...,
+        layers: None = ...,
+        seed: int = ...,
+        epochs: int | None = ...,
+        drop_remainder: bool = ...,
+        order: Order = ...,
+        window_bytes: int = ...,
+        part: tuple[int, int] = ...,
+        check: bool = ...,
+    ) -> Batches[Array]: ...
+
+    @overload
+    def batches(
+        self,
+        *,
+        batch_size: int,
+        site: str = ...,
+        layer: None = ...,
+        sites: Sequence[str] | None = ...,
+        layers: Sequence[int] | None = ...,
+        seed: int = ...,
+        epochs: int | None = ...,
+        drop_remainder: bool = ...,
+        order: Order = ...,
+        window_bytes: int = ...,
+        part: tuple[int, int] = ...,
+        check: bool = ...,
+    ) -> Batches[dict[str, Array]]: ...
+
     def batches(
         self,
         *,
         batch_size: int,
         site: str = "resid_post",
         layer: int | None = None,
+        sites: Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
         seed: int = 0,
         epochs: int | None = None,
         drop_remainder: bool = True,
+        order: Order = "block",
         window_bytes: int = WINDOW_BYTES,
+        part: tuple[int, int] = (0, 1),
         check: bool = True,
-    ) -> Batches:
-        """Shuffled minibatches [batch, width] of one site and layer, in the stored dtype.
+    ) -> Batches[Any]:
+        """Shuffled minibatches [batch, width] of one site and layer, in the stored dtype; or of several.
 
-        Whole chunks are read, and samples are shuffled among the many chunks of a window.
+        With `sites` or `layers` a minibatch is a dictionary by site: [batch, layer, width], or [batch, width] for a
+        site without layers, all of the same samples.
 
         Args:
             batch_size: rows of one minibatch.
             site: which site.
             layer: label of the layer; may be left out where the site has only one.
+            sites: several sites, aligned by sample; `site` and `layer` are then not used.
+            layers: several layers of `site`, or of each of `sites`; None takes all.
             seed: the same seed gives the same batches, on any machine.
             epochs: number of passes over the store; None never ends.
             drop_remainder: False gives a last, smaller minibatch in each epoch.
-            window_bytes: samples are shuffled in windows of this size, made of random chunks; two windows are held. A
-                window as large as the site's layer gives a perfect shuffle.
+            order: `block` reads whole chunks and shuffles among the many chunks of a window. `exact` shuffles all
+                samples and reads them one by one: for local, uncompressed stores that fit into the page cache; others
+                read a chunk for each row.
+            window_bytes: what is read at once; two windows are held. Block order shuffles inside it: a window as large
+                as what is read of the store gives a perfect shuffle.
+            part: (number, parts) of processes that share the minibatches: each gets its slice of every one. The
+                minibatches are the same whatever the number of parts.
             check: False reads without comparing chunks with their commit markers: for stores that were just verified.
+                Exact order on local stores compares one chunk of each shard, which finds a wrong shard and not a
+                flipped bit.
 
         Raises:
             UnfinishedStoreError: the store is not complete.
             UnknownNameError: no such site or layer.
+            InputError: settings that cannot give a batch.
         """
         check_complete(self._root, self.plan)
+        several = sites is not None or layers is not None
         return Batches(
-            self._root, self.plan, site=site, layer=layer, batch_size=batch_size, seed=seed,
-            epochs=epochs, drop_remainder=drop_remainder, window_bytes=window_bytes, check=check,
+            self._root, self.plan, self._selections(site, layer, sites, layers), stacked=several,
+            batch_size=batch_size, seed=seed, epochs=epochs, drop_remainder=drop_remainder, order=order,
+            window_bytes=window_bytes, part=part, check=check,
         )  # fmt: skip
+
+    def _selections(
+        self, name: str, layer: int | None, names: Sequence[str] | None, layers: Sequence[int] | None
+    ) -> list[Selection]:
+        """What a loader reads of each site.
+
+        Raises:
+            UnknownNameError: no such site or layer.
+            InputError: nothing is selected, or the same twice.
+        """
+        if names is None and layers is None:
+            site = self.plan.layout.site(name)
+            return [Selection(site, (site.layer_index(layer),))]
+        if layer is not None:
+            raise InputError(f"layer={layer} and several sites or layers were given; give layers=[{layer}] alone")
+        wanted = [name] if names is None else list(names)
+        found = []
+        for site in map(self.plan.layout.site, wanted):
+            labels = site.layers if layers is None or site.layers is None else tuple(layers)
+            found.append(Selection(site, (0,) if labels is None else tuple(map(site.layer_index, labels))))
+        twice = len(set(wanted)) != len(wanted) or any(len(set(each.layers)) != len(each.layers) for each in found)
+        if not found or twice or not all(each.layers for each in found):
+            raise InputError(f"sites {wanted} and layers {layers} were asked for; name at least one of each, each once")
+        return found
 
     def column(self, name: str, rows: Int[np.ndarray, " n"]) -> np.ndarray:
         """Values of a coordinate such as `document`, `position` or `token_id` for some samples.

@@ -1,95 +1,123 @@
 """Shuffled minibatches of a finished store: seeded, endless or for some epochs, and resumable from a few numbers.
 
-The order is `actstore.shuffle`'s: a pure function of seed, epoch and position. Reading goes window by window: all
-chunks of a window are read into one buffer by many concurrent reads and compared with their commit markers, while the
-window before is handed out.
+The order is `actstore.shuffle`'s: a pure function of seed, epoch and position. Reading goes window by window: all rows
+of a window are read into one buffer and compared with their commit markers, while the window before is handed out.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Int64, Shaped, UInt
 
 from actstore.errors import InputError
 from actstore.gather import Source, gather
 from actstore.kvstore import Root
-from actstore.layout import Layout, whole_number
+from actstore.layout import Layout, Site, whole_number
+from actstore.mapped import MappedRows, as_integers, can_map
 from actstore.schema import Plan
-from actstore.shuffle import BlockOrder
+from actstore.shuffle import BlockOrder, ExactOrder
 from actstore.vouchers import Vouchers
 
+Order: TypeAlias = Literal["block", "exact"]
+Array: TypeAlias = Shaped[np.ndarray, "..."]
+Rows = TypeVar("Rows", bound=Array | dict[str, Array])
 WINDOW_BYTES = 256 << 20  # 512 chunks of 512 KiB
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """Rows of one site and layer, and the samples they are.
+class Batch(Generic[Rows]):
+    """Rows, and the samples they are.
 
-    `rows` is a fresh, writable array in the stored dtype: a trainer may change it in place.
+    `rows` is a fresh, writable array [batch, width] in the stored dtype: a trainer may change it in place. A loader of
+    several layers or sites has a dictionary by site, [batch, layer, width] each, [batch, width] without layers.
     """
 
-    rows: Shaped[np.ndarray, "batch width"]
+    rows: Rows
     samples: Int64[np.ndarray, " batch"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Window:
-    """The rows of some chunks as they lie on disk, and the shuffled order in which they are handed out."""
+class Selection:
+    """One site and the indices of some of its layers; `[0]` where it has none."""
 
-    pool: Shaped[np.ndarray, "rows width"]
+    site: Site
+    layers: tuple[int, ...]
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample of all its layers."""
+        return self.site.row_bytes * len(self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Rows as they were read, by site and layer, and the shuffled order in which they are handed out."""
+
+    pools: tuple[tuple[UInt[np.ndarray, "..."], ...], ...]
     places: Int64[np.ndarray, " samples"]
     samples: Int64[np.ndarray, " samples"]
 
 
-class Batches:
-    """An iterator of minibatches [batch, width] over one site and layer. Made by `Store.batches`.
+class Batches(Generic[Rows]):
+    """An iterator of minibatches over one site and layer, or several, aligned by sample. Made by `Store.batches`.
 
     Iterating gives the rows alone; `next_batch` gives them with their sample numbers. `state()` is a small dictionary;
     `restore(state)` continues exactly there. Memory: two windows and one batch. Use it from one thread, and `close()`
-    it (or use `with`) when it is not used up.
+    it (or use `with`) when it is not used up. It can be copied to another process, which then reads for itself.
     """
 
     def __init__(
         self,
         root: Root,
         plan: Plan,
+        selections: Sequence[Selection],
         *,
-        site: str,
-        layer: int | None,
         batch_size: int,
         seed: int,
+        stacked: bool = False,
         epochs: int | None = None,
         drop_remainder: bool = True,
+        order: Order = "block",
         window_bytes: int = WINDOW_BYTES,
+        part: tuple[int, int] = (0, 1),
         check: bool = True,
     ) -> None:
-        where = plan.layout.site(site)
-        index = where.layer_index(layer)
-        _check(plan.layout, batch_size, seed, epochs, window_bytes, drop_remainder=drop_remainder)
-        vouchers = Vouchers(root, plan, only=(site, index)) if check else None
-        self._source, self._layer = Source.open(root, plan, site, vouchers=vouchers), index
-        self._dtype = self._source.array.dtype.numpy_dtype
-        self._width, self._chunk = where.width, plan.layout.chunk_samples
-        window_chunks = _window_chunks(plan.layout, window_bytes, where.row_bytes)
-        self._order = BlockOrder(plan.layout.samples, seed, self._chunk, window_chunks)
+        layout = plan.layout
+        _check(layout, batch_size, seed, epochs, window_bytes, part, drop_remainder=drop_remainder)
+        self._selections, self._stacked, self._part = tuple(selections), stacked, part
+        self._readers = [_Reader(root, plan, selection, check=check) for selection in selections]
+        sample_bytes = sum(selection.sample_bytes for selection in selections)
+        self._order: BlockOrder | ExactOrder
+        if order == "block":
+            window = _window_chunks(layout, window_bytes, sample_bytes)
+            self._order = BlockOrder(layout.samples, seed, layout.chunk_samples, window)
+        elif order == "exact":
+            window = max(window_bytes // max(sample_bytes, 256), batch_size, 1)
+            self._order = ExactOrder(layout.samples, seed, window)
+        else:
+            raise InputError(f"order is {order!r}; expected 'block' or 'exact'")
         self._batch_size, self._epochs, self._drop = batch_size, epochs, drop_remainder
-        self._identity = _identity(plan, site, index, batch_size, seed, window_chunks, drop_remainder)
+        one = selections[0]
+        settings = [one.site.name, one.layers[0], batch_size, seed, window, drop_remainder]
+        if stacked or order == "exact":
+            settings = [*((each.site.name, each.layers) for each in selections), *settings[2:], order, stacked]
+        self._identity = _identity(plan, *settings)
         self._epoch, self._position = 0, 0
         self._reader: ThreadPoolExecutor | None = None
         self._ready: dict[tuple[int, int], Future[_Window]] = {}
 
-    def __iter__(self) -> Iterator[Shaped[np.ndarray, "batch width"]]:
+    def __iter__(self) -> Iterator[Rows]:
         return self
 
-    def __next__(self) -> Shaped[np.ndarray, "batch width"]:
+    def __next__(self) -> Rows:
         return self.next_batch().rows
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> Batch[Rows]:
         """The next minibatch with its sample numbers.
 
         Raises:
@@ -105,12 +133,14 @@ class Batches:
         if self._epochs is not None and self._epoch >= self._epochs:
             self.close()
             raise StopIteration
-        stop = self._position + min(self._batch_size, left)
-        batch = self._gather(self._position, stop)
-        self._position = stop
+        count = min(self._batch_size, left)
+        number, parts = self._part
+        first, last = (self._position + count * edge // parts for edge in (number, number + 1))
+        batch = self._gather(first, last)
+        self._position += count
         return batch
 
-    def next_or_none(self) -> Batch | None:
+    def next_or_none(self) -> Batch[Rows] | None:
         """The next minibatch with its sample numbers, or None after the last epoch: for loops that need both."""
         try:
             return self.next_batch()
@@ -118,14 +148,17 @@ class Batches:
             return None
 
     def state(self) -> dict[str, int | str]:
-        """Where the iterator stands: JSON of less than 200 bytes, whatever the size of the store."""
+        """Where the iterator stands: JSON of less than 200 bytes, whatever the size of the store.
+
+        It counts whole minibatches: a loader of any other part, of any other number of parts, takes it too.
+        """
         return {"version": 1, "epoch": self._epoch, "position": self._position, "loader": self._identity}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues at `state`: the next batch is the one that followed it.
 
         Raises:
-            InputError: the state is of another store, site, layer, seed, window or batch size.
+            InputError: the state is of another store, site, layer, seed, order, window or batch size.
         """
         numbers = [state.get("epoch"), state.get("position")]
         whole = all(isinstance(number, int) and number >= 0 for number in numbers)
@@ -134,7 +167,7 @@ class Batches:
         if state["loader"] != self._identity or state["version"] != 1:
             raise InputError(
                 f"the state belongs to the loader {state['loader']}, this one is {self._identity}: another store, "
-                "site, layer, seed, window or batch size; make the loader with the settings it had"
+                "site, layer, seed, order, window or batch size; make the loader with the settings it had"
             )
         if state["position"] > self._order.samples:
             raise InputError(
@@ -155,20 +188,33 @@ class Batches:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _gather(self, start: int, stop: int) -> Batch:
-        """Epoch positions start..stop-1, from one window or across several, copied into a fresh array."""
-        rows = np.empty((stop - start, self._width), self._dtype)
+    def _gather(self, start: int, stop: int) -> Batch[Rows]:
+        """Epoch positions start..stop-1, from one window or across several, copied into fresh arrays."""
         samples = np.empty(stop - start, np.int64)
+        rows = [
+            np.empty((stop - start, len(each.layers), each.site.width), each.site.dtype) for each in self._selections
+        ]
         position = start
         while position < stop:
             first, last = self._order.window_at(self._epoch, position)
             window, end = self._window(first, last), min(stop, last)
-            part = slice(position - first, end - first)
-            filled = slice(position - start, end - start)
+            part, filled = slice(position - first, end - first), slice(position - start, end - start)
             samples[filled] = window.samples[part]
-            np.take(window.pool, window.places[part], axis=0, out=_as_integers(rows[filled]), mode="clip")
+            for target, pools in zip(rows, window.pools, strict=True):
+                for layer, pool in enumerate(pools):
+                    out = as_integers(target[filled, layer])
+                    if len(pools) == 1:
+                        np.take(pool, window.places[part], axis=0, out=out, mode="clip")
+                    else:  # NumPy cannot take into a part of each row
+                        out[...] = pool[window.places[part]]
             position = end
-        return Batch(rows, samples)
+        if not self._stacked:
+            return Batch(cast(Rows, rows[0][:, 0]), samples)
+        by_site = {
+            each.site.name: values[:, 0] if each.site.layers is None else values
+            for each, values in zip(self._selections, rows, strict=True)
+        }
+        return Batch(cast(Rows, by_site), samples)
 
     def _window(self, first: int, last: int) -> "_Window":
         """The window [first, last) of this epoch; the next one is read meanwhile."""
@@ -192,19 +238,77 @@ class Batches:
         return (self._epoch + 1, 0) if more else None
 
     def _load(self, epoch: int, first: int) -> "_Window":
-        """Reads one window, chunk by chunk into one buffer, and says where each of its samples lies."""
+        """Reads one window into buffers, and says where each of its samples lies."""
         _, last = self._order.window_at(epoch, first)
         samples = self._order.rows(epoch, first, last)
-        chunks, member = np.unique(samples // self._chunk, return_inverse=True)
-        stored = (chunks[:, None] * self._chunk + np.arange(self._chunk)).reshape(-1)
-        stored = stored[: np.searchsorted(stored, self._order.samples)]  # only the store's last chunk can be short
-        pool = np.empty((len(stored), self._width), self._dtype)
-        gather(self._source, [self._layer], stored, pool[None])
-        return _Window(_as_integers(pool), member * self._chunk + samples % self._chunk, samples)
+        if isinstance(self._order, ExactOrder):
+            stored, places = np.unique(samples, return_inverse=True)
+            return _Window(tuple(reader.rows(stored) for reader in self._readers), places, samples)
+        size = self._order.chunk_samples
+        chunks, member = np.unique(samples // size, return_inverse=True)
+        return _Window(
+            tuple(reader.chunks(chunks) for reader in self._readers), member * size + samples % size, samples
+        )  # fmt: skip
+
+
+class _Reader:
+    """Reads rows of some layers of one site into fresh buffers: by mapping local files, else through TensorStore."""
+
+    def __init__(self, root: Root, plan: Plan, selection: Selection, *, check: bool) -> None:
+        self._root, self._site, self._layers = root, selection.site, selection.layers
+        only = (selection.site.name, selection.layers[0]) if len(selection.layers) == 1 else None
+        vouchers = Vouchers(root, plan, only=only) if check else None
+        self._source = Source.open(root, plan, selection.site.name, vouchers=vouchers)
+        self._mapped = self._maps()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process maps its own files."""
+        return _Reader._again, (self._root, self._site, self._layers, self._source)
+
+    @classmethod
+    def _again(cls, root: Root, site: Site, layers: tuple[int, ...], source: Source) -> "_Reader":
+        made = cls.__new__(cls)
+        made._root, made._site, made._layers, made._source = root, site, layers, source
+        made._mapped = made._maps()
+        return made
+
+    def _maps(self) -> list[MappedRows]:
+        if not can_map(self._root, self._source):
+            return []
+        return [MappedRows(self._root, self._source, self._site, layer) for layer in self._layers]
+
+    def rows(self, samples: Int64[np.ndarray, " row"]) -> tuple[UInt[np.ndarray, "rows width"], ...]:
+        """Some samples, ascending, of every layer."""
+        pools = [as_integers(np.empty((len(samples), self._site.width), self._site.dtype)) for _ in self._layers]
+        for number, pool in enumerate(pools):
+            if self._mapped:
+                self._mapped[number].take(samples, pool)
+            else:
+                gather(self._source, [self._layers[number]], samples, pool.view(self._site.dtype)[None])
+        return tuple(pools)
+
+    def chunks(self, chunks: Int64[np.ndarray, " chunk"]) -> tuple[UInt[np.ndarray, "rows width"], ...]:
+        """Whole chunks, ascending, of every layer; only the store's last chunk can be short."""
+        size = self._source.layout.chunk_samples
+        stored = (chunks[:, None] * size + np.arange(size)).reshape(-1)
+        stored = stored[: np.searchsorted(stored, self._source.layout.samples)]
+        if not self._mapped:
+            return self.rows(stored)
+        pools = [as_integers(np.empty((len(stored), self._site.width), self._site.dtype)) for _ in self._layers]
+        for mapped, pool in zip(self._mapped, pools, strict=True):
+            mapped.copy(chunks, pool)
+        return tuple(pools)
 
 
 def _check(
-    layout: Layout, batch_size: int, seed: int, epochs: int | None, window_bytes: int, *, drop_remainder: bool
+    layout: Layout,
+    batch_size: int,
+    seed: int,
+    epochs: int | None,
+    window_bytes: int,
+    part: tuple[int, int],
+    *,
+    drop_remainder: bool,
 ) -> None:
     """Refuses settings that cannot give a batch."""
     for value, what in [(batch_size, "batch_size"), (window_bytes, "window_bytes"), (epochs or 1, "epochs")]:
@@ -220,24 +324,27 @@ def _check(
             f"batch_size is {batch_size:,}, the store holds {layout.samples:,} samples: no batch would ever be full; "
             "use a smaller batch_size, or drop_remainder=False"
         )
+    number, parts = part
+    if not 0 <= number < parts:
+        raise InputError(f"part is {part}; expected (number, parts) with 0 <= number < parts, such as (0, 4)")
+    if batch_size % parts:
+        raise InputError(
+            f"batch_size {batch_size} cannot be divided into {parts} equal parts; use a multiple of {parts}, such as "
+            f"{-(-batch_size // parts) * parts}"
+        )
 
 
-def _window_chunks(layout: Layout, window_bytes: int, row_bytes: int) -> int:
+def _window_chunks(layout: Layout, window_bytes: int, sample_bytes: int) -> int:
     """Chunks of a window of about `window_bytes`: fewer where rows or chunks are so small that numbers outweigh them.
 
     Shuffling takes about 100 bytes per sample, reading some kilobytes per chunk. A store that is smaller than these
     bounds cannot exceed them.
     """
-    wanted = max(window_bytes // (row_bytes * layout.chunk_samples), 1)
+    wanted = max(window_bytes // (sample_bytes * layout.chunk_samples), 1)
     samples, chunks = max(window_bytes // 256, 1 << 16), max(window_bytes // (32 << 10), 1 << 10)
     if layout.samples <= min(samples, chunks * layout.chunk_samples):
         return wanted
     return max(min(wanted, samples // layout.chunk_samples, chunks), 1)
-
-
-def _as_integers(rows: Shaped[np.ndarray, "rows width"]) -> Shaped[np.ndarray, "rows width"]:
-    """The same memory as unsigned integers, which NumPy copies faster than types it does not know."""
-    return rows.view(f"u{rows.dtype.itemsize}")
 
 
 def _identity(plan: Plan, *settings: object) -> str:

@@ -17,6 +17,7 @@ import actstore
 from actstore.errors import ActstoreError, CorruptStoreError, InputError
 from actstore.garbage import find_garbage, remove_garbage
 from actstore.kvstore import Root
+from actstore.ledger import abandon as abandon_addition
 from actstore.repair import repair as repair_store
 from actstore.schema import printable
 from actstore.terminal import Work, human_bytes
@@ -122,13 +123,23 @@ def verify(
 @app.command(epilog="Example: actstore repair run.acts.zarr")
 def repair(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Take back the damaged blocks of a store, after comparing all of it. `extract` then writes just these again."""
-    report = _verify(store, "full")
-    taken = repair_store(Root.of(store), actstore.open(store, partial=True).plan, report)
+    report, opened = _verify(store, "full"), actstore.open(store, partial=True)
+    taken = repair_store(Root.of(store), opened.plan, report)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(taken)))
         return
     typer.echo(f"{_report_text(report)}\nblocks to write again: {', '.join(map(str, taken.blocks)) or 'none'}")
-    typer.echo("run the command that wrote the store again: it writes just what is missing")
+    again = "commands that wrote the store again, in their order: they write" if opened.plan.base else (
+        "command that wrote the store again: it writes"
+    )  # fmt: skip
+    typer.echo(f"run the {again} just what is missing")
+
+
+@app.command(epilog="Example: actstore abandon run.acts.zarr")
+def abandon(store: StoreArgument) -> None:
+    """Give up an addition that is not finished: the store is then as it was before, and something else can be added."""
+    plan = abandon_addition(Root.of(store))
+    typer.echo(f"{store}: generation {plan.generation} was given up; the store is as it was before")
 
 
 @app.command(epilog="Example: actstore gc run.acts.zarr --delete")

@@ -225,14 +225,14 @@ def _land(source: Source, read: _Read, samples: Samples, width: slice | Int64[np
     except CorruptStoreError as error:
         raise CorruptStoreError(f"{error}{REMEDY}") from None
     if source.vouchers is not None:
-        _compare(source, source.vouchers, read.layer, stretch.start, read.values)
+        compare(source, source.vouchers, read.layer, stretch.start, read.values)
     if read.values is not read.out:
         wanted = samples[stretch.first : stretch.last]
         _put(read.values if stretch.whole else read.values[_within(wanted, stretch.start)], read.out, width)
     return read.values.nbytes
 
 
-def _compare(
+def compare(
     source: Source, vouchers: Vouchers, layer: int, start: int, values: Shaped[np.ndarray, "sample *width"]
 ) -> None:
     """Compares whole chunks, the first one beginning at sample `start`, with what vouches for them.

@@ -12,7 +12,7 @@ from typing import Any
 from actstore.errors import InputError
 from actstore.layout import Layout, Site, whole_number
 from actstore.metadata import label_chunks
-from actstore.schema import Base, DocumentTableLayout, Plan
+from actstore.schema import MAX_GENERATIONS, Base, DocumentTableLayout, Plan
 
 
 def extend(
@@ -36,6 +36,8 @@ def extend(
         InputError: nothing or both is added, or it does not fit to what is there.
     """
     samples = whole_number(samples, "samples")
+    if isinstance(sites, Site) or not all(isinstance(site, Site) for site in sites):
+        raise InputError(f"sites is {str(sites)[:80]!r}; expected a list of actstore.Site")
     if samples < 0 or (samples > 0) == bool(sites):
         raise InputError(
             f"{samples} samples and {len(sites)} sites are to be added; expected a number of samples, or sites with "
@@ -43,11 +45,14 @@ def extend(
         )
     if documents is not None and not samples:
         raise InputError("documents come with added samples, found them with added layers; leave documents out")
-    if samples and (documents is None) != (before.documents is None):
+    there = next((table for table in before.tables if table is not None), None)
+    if samples and (documents is None) != (there is None):
         has, gives = ("a", "without") if documents is None else ("no", "with")
         raise InputError(f"the store has {has} document table, the samples to add come {gives} one; give the same kind")
-    if documents is not None and before.documents is not None:
-        _same_columns(before.documents, documents)
+    if documents is not None and there is not None:
+        _same_columns(there, documents)
+    if before.generation >= MAX_GENERATIONS:
+        raise InputError(f"the store has {before.generation:,} generations, the most there can be; make another store")
     layout = dataclasses.replace(
         before.layout, samples=before.layout.samples + samples, sites=_merged(before.layout, sites)
     )
@@ -64,6 +69,19 @@ def base_of(plan: Plan) -> Base:
         labels=label_chunks(plan),
         tables=plan.tables,
     )
+
+
+def leads_to(before: Plan, later: Plan) -> bool:
+    """Whether `later` was appended to `before`, and keeps all that is there as it is."""
+    if later.base is None or later.base != base_of(before):
+        return False
+    kept = [
+        dataclasses.replace(site, layers=None if site.layers is None else site.layers[: later.base.layers[site.name]])
+        for site in later.layout.sites[: len(before.layout.sites)]
+        if site.name in later.base.layers
+    ]
+    layout = dataclasses.replace(later.layout, samples=before.layout.samples, sites=tuple(kept)) if kept else None
+    return layout == before.layout
 
 
 def added_sites(plan: Plan) -> tuple[Site, ...]:

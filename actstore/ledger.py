@@ -19,8 +19,15 @@ import numpy as np
 import xxhash
 from jaxtyping import Shaped
 
-from actstore.errors import CorruptStoreError, InputError, SealedStoreError, StoreNotFoundError, UnfinishedStoreError
-from actstore.generations import added_sites, base_of, first_layer
+from actstore.errors import (
+    CorruptStoreError,
+    InputError,
+    PlanMismatchError,
+    SealedStoreError,
+    StoreNotFoundError,
+    UnfinishedStoreError,
+)
+from actstore.generations import added_sites, first_layer, leads_to
 from actstore.kvstore import Root
 from actstore.layout import norm_name
 from actstore.metadata import array_metadata, documents_group, group_metadata, shard_key, table_group, table_groups
@@ -92,7 +99,7 @@ def lineage(root: Root, plan: Plan) -> tuple[Plan, ...]:
     plans = [plan]
     while (base := plans[0].base) is not None:
         before = _stored_plan(root, base.generation)
-        if before is None or before.fingerprint != base.fingerprint:
+        if before is None or not leads_to(before, plans[0]):
             raise CorruptStoreError(
                 f"{root.url}/{key_in(base.generation, PLAN_KEY)} is missing or is not the plan that generation "
                 f"{plans[0].generation} was appended to; restore it from a copy"
@@ -122,7 +129,12 @@ def appended_plan(root: Root, extend: Callable[[Plan], Plan]) -> Plan:
             f"{root.url} is unfinished: {len(missing_blocks(root, newest))} of {len(newest.blocks)} blocks are "
             "missing; run the command that writes it again to finish it, then append"
         )
-    extend(plans[-2]).refuse_other(newest, url=root.url)
+    try:
+        extend(plans[-2]).refuse_other(newest, url=root.url)
+    except PlanMismatchError as error:
+        raise PlanMismatchError(
+            f"{error}; or give up what is being appended with `actstore abandon {root.url}`"
+        ) from None
     return newest
 
 
@@ -155,7 +167,7 @@ def _next_plan(root: Root, plan: Plan, *, required: bool) -> Plan:
     later = _stored_plan(root, plan.generation + 1)
     if later is None and not required:
         return plan
-    if later is None or later.base is None or later.base != base_of(plan):
+    if later is None or not leads_to(plan, later):
         raise CorruptStoreError(
             f"{root.url}/{key_in(plan.generation + 1, PLAN_KEY)} is missing or was appended to another store than "
             f"{plan.fingerprint[:12]}; restore it from a copy"
@@ -246,7 +258,7 @@ def read_marker(root: Root, plan: Plan, block: int) -> Marker:
     if marker.samples != plan.block_range(block) or found != expected:
         raise CorruptStoreError(
             f"{root.url}/{key} vouches for samples {marker.samples} of {_counted(found)}; the plan has "
-            f"{plan.block_range(block)} of {_counted(expected)}; remove it and run the same command again"
+            f"{plan.block_range(block)} of {_counted(expected)}; remove it and run the command again"
         )
     (start, stop), size = marker.samples, plan.layout.chunk_samples
     digits = 8 * ((stop - 1) // size - start // size + 1)
@@ -260,11 +272,6 @@ def read_marker(root: Root, plan: Plan, block: int) -> Marker:
     return marker
 
 
-def has_marker(root: Root, plan: Plan, block: int) -> bool:
-    """Whether the plan's marker of a block is there."""
-    return root.read(marker_key(block, plan.generation)) is not None
-
-
 def vouched_arrays(plan: Plan) -> dict[str, int]:
     """The arrays that a marker of the plan vouches for, with how many layers of each."""
     sites = {site.name: site.rows_per_sample for site in added_sites(plan)}
@@ -274,7 +281,7 @@ def vouched_arrays(plan: Plan) -> dict[str, int]:
 
 def _counted(arrays: dict[str, int]) -> str:
     shown = [f"{name} x {count}" for name, count in sorted(arrays.items())]
-    return ", ".join(shown[:6]) + f" and {len(shown) - 6} more" * (len(shown) > 6)
+    return ", ".join(shown[:2]) + f" and {len(shown) - 2} more" * (len(shown) > 2)
 
 
 def write_table_marker(root: Root, plan: Plan, marker: TableMarker) -> None:
@@ -315,7 +322,12 @@ def create_nodes(root: Root, plan: Plan) -> None:
         SealedStoreError: the store is complete.
         UnfinishedStoreError: the plan appends to a generation that is not complete.
     """
-    if root.read(key_in(plan.generation, SEAL_KEY)) is not None:
+    if _is_finished(root, plan):
+        if plan.base is not None:
+            raise SealedStoreError(
+                f"{root.url}: this was appended already, as generation {plan.generation}; nothing is left to write. To "
+                "append more of the same, give a provenance that tells the two apart"
+            )
         raise SealedStoreError(
             f"{root.url} is complete: nothing is left to write; for another run choose another target"
         )
@@ -345,8 +357,13 @@ def is_sealed(root: Root, plan: Plan) -> bool:
     stored = _stored_plan(root, plan.generation)
     if stored is not None:
         plan.refuse_other(stored, url=root.url)
-    read_status(root, plan)  # raises where the root group is damaged
-    return True
+    return _is_finished(root, plan)
+
+
+def _is_finished(root: Root, plan: Plan) -> bool:
+    """Whether the seal is there, and the root group says so too: it may be lost, or of an older generation again."""
+    sealed = root.read(key_in(plan.generation, SEAL_KEY)) is not None
+    return sealed and read_status(root, plan) == "complete"
 
 
 def seal(root: Root, plan: Plan) -> None:
@@ -373,11 +390,12 @@ def seal(root: Root, plan: Plan) -> None:
     _refuse_lost_shards(root, plan)
     manifest = Manifest(format=FORMAT, fingerprint=plan.fingerprint, blocks=markers).to_json()
     root.write(key_in(plan.generation, MANIFEST_KEY), manifest)
-    if plan.base is not None and plan.documents is not None:
-        root.write(f"{table_group(plan.generation)}/zarr.json", canonical_json(documents_group()))
-    for name, metadata in array_metadata(plan, complete=True).items():
-        root.write(f"{name}/zarr.json", canonical_json(metadata))  # the shape shrinks; no chunk is touched
-    root.write("zarr.json", canonical_json(group_metadata(plan, status="complete")))
+    if _newest_complete(root) <= plan.generation:  # else it was appended to meanwhile: readers see more already
+        if plan.base is not None and plan.documents is not None:
+            root.write(f"{table_group(plan.generation)}/zarr.json", canonical_json(documents_group()))
+        for name, metadata in array_metadata(plan, complete=True).items():
+            root.write(f"{name}/zarr.json", canonical_json(metadata))  # the shape shrinks; no chunk is touched
+        root.write("zarr.json", canonical_json(group_metadata(plan, status="complete")))
     digest = hashlib.sha256(manifest).hexdigest()
     seal = Seal(format=FORMAT, fingerprint=plan.fingerprint, manifest_sha256=digest)
     root.write(key_in(plan.generation, SEAL_KEY), seal.to_json())
@@ -405,3 +423,61 @@ def _check_base(root: Root, plan: Plan) -> None:
             f"{root.url}: generation {before.generation} is not complete, generation {plan.generation} was appended "
             "to it; run the command that wrote that one again, then this one"
         )
+    if root.read(key_in(before.generation, SEAL_KEY)) is None:
+        seal(root, before)  # its writer was stopped just before
+
+
+def _newest_complete(root: Root) -> int:
+    attributes = _root_attributes(root)
+    return attributes.generation if attributes is not None and attributes.status == "complete" else 0
+
+
+def stored_generations(root: Root) -> int:
+    """How many generations have a plan, finished or not. One small read for each."""
+    return next(number for number in itertools.count(1) if root.read(key_in(number + 1, PLAN_KEY)) is None)
+
+
+def take_back_longer(root: Root, plan: Plan, block: int) -> None:
+    """Takes back what later generations appended to the short last block of `plan`, before it is written again.
+
+    Raises:
+        SealedStoreError: the store is complete: writing the block would drop what was appended to it.
+    """
+    if plan.layout.block_range(block)[1] % plan.layout.block_samples == 0:
+        return
+    for number in range(stored_generations(root), plan.generation, -1):
+        if not longer(root, number, block):
+            continue
+        if read_status(root, plan) == "complete":
+            raise SealedStoreError(
+                f"{root.url}: block {block} was written again when samples were appended to it; this writer began "
+                "before that, and nothing is left for it to write"
+            )
+        root.delete(marker_key(block, number))
+
+
+def longer(root: Root, generation: int, block: int) -> bool:
+    """Whether a later generation appended samples to a block, and has its marker."""
+    key = marker_key(block, generation)
+    if root.read(key) is None:
+        return False
+    plan = _stored_plan(root, generation)
+    return plan is not None and plan.appends_samples
+
+
+def abandon(root: Root) -> Plan:
+    """Gives up an addition that is not finished: its markers go, then its plan. What it wrote is written over later.
+
+    Raises:
+        InputError: nothing is being appended.
+    """
+    plan = read_plan(root, unfinished=True)
+    if plan.base is None or read_status(root, plan) == "complete":
+        raise InputError(f"{root.url}: nothing is being appended; there is nothing to give up")
+    plans = [PLAN_KEY, TABLE_KEY, MANIFEST_KEY, SEAL_KEY]
+    for key in [
+        *root.keys(key_in(plan.generation, MARKER_FOLDER)),
+        *(key_in(plan.generation, key) for key in plans[::-1]),
+    ]:
+        root.delete(key)
+    return plan

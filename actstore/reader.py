@@ -151,7 +151,7 @@ def open_dataset(
         if "/" in name or name in drop or name == "valid":
             continue
         if [name] == spec["dimension_names"]:
-            variables[name] = _labels(root, plan, name, spec)
+            variables[name] = _labels(root, plan, name, spec, complete=complete)
         else:
             source = Source(root.open_array(name, spec), name, plan.layout, root.url, vouchers)
             variables[name] = _variable(source, spec, raw=raw, committed=committed)
@@ -180,14 +180,18 @@ def _variable(source: Source, spec: dict[str, Any], *, raw: bool, committed: Com
     return xr.Variable(dimensions, indexing.LazilyIndexedArray(lazy), attributes, encoding)
 
 
-def _labels(root: Root, plan: Plan, name: str, spec: dict[str, Any]) -> xr.Variable:
+def _labels(root: Root, plan: Plan, name: str, spec: dict[str, Any], *, complete: bool) -> xr.Variable:
     """A layer coordinate: read at once, because xarray indexes it, and compared with the plan.
+
+    Of an unfinished store it is taken from the plan: its writer may have been stopped before it wrote any.
 
     Raises:
         CorruptStoreError: it is damaged, or has other labels than the plan.
     """
     layered = [site for site in plan.layout.sites if site.layers is not None]
     expected = next(site.layers for site in layered if plan.layout.layer_dimension(site) == name)
+    if not complete:
+        return xr.Variable([name], np.asarray(expected or (), np.int32), spec["attributes"])
     with storage_errors(f"read {name} of {root.url}"):
         labels = np.asarray(Objects.of(root.open_array(name, spec)).view().read().result(timeout=TIMEOUT_SECONDS))
     if not np.array_equal(labels, expected or ()):

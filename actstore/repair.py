@@ -10,10 +10,11 @@ from actstore.ledger import (
     SEAL_KEY,
     TABLE_KEY,
     create_nodes,
-    has_marker,
     key_in,
     lineage,
+    longer,
     marker_key,
+    stored_generations,
 )
 from actstore.metadata import array_metadata, documents_group, group_metadata, table_group, table_groups
 from actstore.schema import Plan, canonical_json
@@ -50,16 +51,16 @@ def repair(root: Root, plan: Plan, report: Report) -> Repair:
     """
     if not report.findings:
         raise InputError(f"{root.url} is sound at depth {report.depth!r}; there is nothing to repair")
-    plans = lineage(root, plan)
+    plans, count = lineage(root, plan), stored_generations(root)
     oldest = min(finding.generation for finding in report.findings)
-    for later in reversed(plans[oldest - 1 :]):
-        root.delete(key_in(later.generation, SEAL_KEY))
+    for number in range(count, oldest - 1, -1):
+        root.delete(key_in(number, SEAL_KEY))
     sound = plans[oldest - 2] if oldest > 1 else None
     _write_nodes(root, plans[0] if sound is None else sound, complete=sound is not None)
     if sound is None:
         create_nodes(root, plans[0])  # what else is missing
-    keys = [key for finding in report.findings for key in _taken_back(root, plans, finding)]
-    for key in [*keys, *(key_in(later.generation, MANIFEST_KEY) for later in plans[oldest - 1 :])]:
+    keys = [key for finding in report.findings for key in _taken_back(root, count, finding)]
+    for key in [*keys, *(key_in(number, MANIFEST_KEY) for number in range(oldest, count + 1))]:
         root.delete(key)
     return Repair(tuple(report.damaged_blocks), tuple(dict.fromkeys(keys)), oldest)
 
@@ -73,13 +74,12 @@ def _write_nodes(root: Root, plan: Plan, *, complete: bool) -> None:
         root.write(f"{group}/zarr.json", canonical_json(documents_group()))
 
 
-def _taken_back(root: Root, plans: tuple[Plan, ...], finding: Finding) -> list[str]:
+def _taken_back(root: Root, generations: int, finding: Finding) -> list[str]:
     """The keys that go because of one finding, in the order in which they go."""
     generation, table = finding.generation, key_in(finding.generation, TABLE_KEY)
     if finding.block is not None:  # writing it again drops the rows that were appended to it: these go first
-        longer = [plan.generation for plan in plans[generation:] if plan.appends_samples]
-        longer = [number for number in longer if has_marker(root, plans[number - 1], finding.block)]
-        return [marker_key(finding.block, number) for number in (*reversed(longer), generation)]
+        later = [number for number in range(generations, generation, -1) if longer(root, number, finding.block)]
+        return [marker_key(finding.block, number) for number in (*later, generation)]
     if finding.what.startswith(("assets/", key_in(generation, MARKER_FOLDER))):
         return [finding.what]
     return [table] if finding.what.startswith((f"{table_group(generation)}/", table)) else []

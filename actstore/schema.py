@@ -193,6 +193,9 @@ class Plan(StoredDocument):
         grown = len(sites) > len(known) or any(len(site.layers or ()) > before.layers[site.name] for site in known)
         if not known or (self.layout.samples > before.samples) == grown or self.layout.samples < before.samples:
             raise ValueError("a plan with a base adds either samples, or layers and sites")
+        with_documents = any(before.tables)
+        if (self.documents is not None) != (with_documents and self.layout.samples > before.samples) or self.assets:
+            raise ValueError("documents come with added samples if the base has some, and assets never")
         if len(before.tables) != before.generation:
             raise ValueError(f"base has {len(before.tables)} document tables of {before.generation} generations")
         return self

@@ -3,7 +3,7 @@
 `Permutation` is a keyed bijection of 0..n-1 (a Feistel network with cycle walking: Black and Rogaway, "Ciphers with
 arbitrary finite domains", 2002), evaluated for any indices at once, in both directions. `BlockOrder` is built on it: a
 permutation of chunks, then a permutation of the samples inside a window of many chunks. Each chunk is read once and
-whole; a batch mixes as many chunks as a window holds.
+whole; a batch mixes as many chunks as a window holds. `ExactOrder` is a permutation of all samples.
 """
 
 import dataclasses
@@ -130,3 +130,24 @@ class BlockOrder:
     def _window_number(self, first: int) -> int:
         """The number of the window that starts at epoch position `first`."""
         return math.ceil(first / (self.window_chunks * self.chunk_samples))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactOrder:
+    """All samples in a keyed random order: a perfect shuffle, at the price of reading rows one by one.
+
+    Its windows are stretches of the order, `window_samples` long: what is read together.
+    """
+
+    samples: int
+    seed: int
+    window_samples: int
+
+    def window_at(self, epoch: int, position: int) -> tuple[int, int]:  # noqa: ARG002  as BlockOrder asks for it
+        """The window around `position`; the same in every epoch."""
+        first = position // self.window_samples * self.window_samples
+        return first, min(first + self.window_samples, self.samples)
+
+    def rows(self, epoch: int, start: int, stop: int) -> Int64[np.ndarray, " n"]:
+        """The samples at epoch positions start..stop-1."""
+        return Permutation(self.samples, (self.seed, epoch, 3))(np.arange(start, stop, dtype=np.int64))

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, Int32, Int64, UInt32
 
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError, UnknownNameError
-from actstore.kvstore import Root, storage_errors
+from actstore.kvstore import TIMEOUT_SECONDS, Root, storage_errors
 from actstore.layout import check_name
 from actstore.ledger import TABLE_KEY, checksum, key_in, write_table_marker
 from actstore.metadata import table_group, table_groups, table_metadata
@@ -193,7 +193,8 @@ def stored_tokens(root: Root, plan: Plan) -> tuple[Int64[np.ndarray, " document_
     metadata, found = table_metadata(plan.documents), []
     for name in ("token_offsets", "token_id"):
         with storage_errors(f"read {group}/{name} of {root.url}"):
-            values = np.asarray(root.open_array(f"{group}/{name}", metadata[name]).read().result())
+            objects = Objects.of(root.open_array(f"{group}/{name}", metadata[name]))
+            values = np.asarray(objects.view().read().result(timeout=TIMEOUT_SECONDS))
         if checksum(values) != marker.checksums.get(name):
             raise CorruptStoreError(
                 f"{group}/{name} of {root.url} differs from the checksum of its marker; run `actstore verify`"

@@ -27,6 +27,7 @@ from actstore.ledger import (
     lineage,
     missing_blocks,
     seal,
+    take_back_longer,
     vouched_arrays,
     write_assets,
     write_marker,
@@ -190,6 +191,7 @@ class Writer:
         """All shards, then `valid`, then the marker. Runs in a thread of the writer."""
         start, stop = self.block_range(block)
         first = self.layout.block_range(block)[0]  # before `start` where samples are appended to a short block
+        take_back_longer(self.root, self.plan, block)
         before = self._rows_before(first, start)
         submit = self._shard_pool.submit
         shards = {

@@ -93,6 +93,7 @@ def append(
     ] = None,
     sites: Annotated[str | None, typer.Option("--sites", help="more sites, or those of the layers to add")] = None,
     layers: Annotated[str | None, typer.Option("--layers", help="more layers of the store's documents")] = None,
+    skip: Annotated[int, typer.Option(help="pass over this many documents of the source")] = 0,
     limit: LimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -102,13 +103,15 @@ def append(
 
     if (documents is None) == (sites is None and layers is None):
         raise InputError("give either --documents, or --layers and --sites for the documents that are there")
+    if skip < 0 or (documents is None and (skip or limit is not None)):
+        raise InputError("--skip and --limit count documents from 0; give them with --documents")
     folder = folder_of(model)
     if documents is None:
         numbers = None if layers is None else [_layer(part) for part in layers.split(",")]
         names = None if sites is None else [site.strip() for site in sites.split(",")]
         decided = append_layers(store, folder, layers=numbers, sites=names)
     else:
-        texts = open_documents(documents, limit=limit)
+        texts = open_documents(documents, limit=None if limit is None else skip + limit)[skip:]
         with Work("tokenise", unit="documents") as work:
             decided = append_documents(store, folder, texts, progress=work.update)
     _run(decided, store, as_json=as_json)

@@ -43,7 +43,7 @@ def main() -> None:
         subprocess.run([python, "-m", "venv", name], check=True)
         other = Path(name) / "bin/python"
         pip = [other, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, f"{TOP}[demo,dask]", *TOOLS], check=True)
+        subprocess.run([*pip, f"{TOP}[demo,dask,grain]", *TOOLS], check=True)
         subprocess.run([other, "-m", "pip", "list"], check=True)
         print("NOT REPEATED on this Python: tests marked slow, of the commit protocol, damage and hostile stores")
         command = [other, "-m", "pytest", "--numprocesses", "2", "--dist", "loadgroup", "-q", "-m", "not slow"]

@@ -169,6 +169,8 @@ class Steps:
     documents: tuple[str, ...]
     sites: tuple[str, ...]
     blocks: int
+    short: bool
+    """Whether the last block is short: then something may have been appended to it."""
     block: Callable[[int], tuple[tuple[str, ...], ...]]
     """Groups of keys of a block: the next group begins when the one before is durable."""
 
@@ -181,7 +183,8 @@ class Steps:
 
         written = tuple(f"documents/{name}/c/0" for name in documents)
         sites = tuple(site.name for site in contents.layout.sites)
-        return cls(tuple(nodes), tuple(labels), written, sites, contents.layout.blocks, block)
+        short = contents.layout.samples % contents.layout.block_samples > 0
+        return cls(tuple(nodes), tuple(labels), written, sites, contents.layout.blocks, short, block)
 
 
 def model_host(disk: Disk, steps: Steps, rank: int, count: int) -> Request:
@@ -189,7 +192,7 @@ def model_host(disk: Disk, steps: Steps, rank: int, count: int) -> Request:
     whole, unsealed, shuffle = disk.rules.whole, disk.rules.unsealed, disk.generator.shuffle
     yield from disk.keys(MARKER_FOLDER)
     yield from disk.create(PLAN_KEY, whole[PLAN_KEY])
-    if (yield from disk.read(SEAL_KEY)) is not None:
+    if (yield from disk.read(SEAL_KEY)) is not None and (yield from disk.read("zarr.json")) == whole["zarr.json"]:
         return
     found = {}
     for key in ("zarr.json", *steps.nodes):
@@ -209,6 +212,8 @@ def model_host(disk: Disk, steps: Steps, rank: int, count: int) -> Request:
         yield from disk.put(TABLE_KEY, whole[TABLE_KEY])
     missing = yield from _missing(disk, steps)
     for number in missing[rank::count]:
+        if steps.short and number == steps.blocks - 1:
+            yield from disk.read(".act/generations/2/plan.json")
         for group in steps.block(number):
             keys = list(group)
             shuffle(keys)
@@ -222,7 +227,9 @@ def model_host(disk: Disk, steps: Steps, rank: int, count: int) -> Request:
         yield from disk.read(marker_key(number))
     for site in steps.sites:
         yield from disk.keys(f"{site}/c/")
-    for key in (MANIFEST_KEY, *steps.nodes, "zarr.json", SEAL_KEY):
+    yield from disk.put(MANIFEST_KEY, whole[MANIFEST_KEY])
+    yield from disk.read("zarr.json")
+    for key in (*steps.nodes, "zarr.json", SEAL_KEY):
         yield from disk.put(key, whole[key])
 
 

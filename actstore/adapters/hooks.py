@@ -1,0 +1,113 @@
+"""Several places of a model side by side, by the names of their hooks: for trainers that take a batch of each."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Self, TypeAlias
+
+import numpy as np
+from jaxtyping import Int64, Shaped
+
+from actstore.api import Store
+from actstore.errors import InputError
+
+Places: TypeAlias = Mapping[str, tuple[str, int | None]]
+
+
+class HookBatch(NamedTuple):
+    """The same samples at every hook."""
+
+    rows: dict[str, Shaped[np.ndarray, "batch _"]]
+    samples: Int64[np.ndarray, " batch"]
+
+
+class Hooks(Iterator[dict[str, Shaped[np.ndarray, "batch _"]]]):
+    """An iterator of {hook name: rows [batch, width]}, the same samples at every hook.
+
+    One loader reads the layers of all hooks at every site of them, so layers that no hook names may be read too. Use it
+    from one thread, and `close()` it or use `with`.
+
+    Example:
+        >>> places = {"blocks.1": ("resid_post", 1), "blocks.3": ("resid_post", 3)}  # doctest: +SKIP
+        >>> rows = next(Hooks(store, places, batch_size=4096))["blocks.3"]           # doctest: +SKIP
+    """
+
+    def __init__(self, store: Store, places: Places, **settings: Any) -> None:
+        """Makes the loader.
+
+        Args:
+            store: a finished store.
+            places: (site, layer) of each hook, by its name; layer None for a site without layers.
+            settings: those of `Store.batches`, but the sites and layers.
+
+        Raises:
+            UnknownNameError: no such site or layer.
+            InputError: no hook was named, or a site lacks a layer that a hook names at another.
+        """
+        self.store, self._places = store, dict(places)
+        sites, layers = _wanted(store, self._places)
+        self._layers = layers
+        self._batches = store.batches(sites=sites, layers=layers or None, **settings)
+
+    def __next__(self) -> dict[str, Shaped[np.ndarray, "batch _"]]:
+        return self.next_batch().rows
+
+    def next_batch(self) -> HookBatch:
+        """The next minibatch of every hook, with its sample numbers.
+
+        Raises:
+            StopIteration: all epochs were given.
+            StoreError: reading failed; calling again retries.
+        """
+        batch = self._batches.next_batch()
+        rows = {}
+        for name, (site, layer) in self._places.items():
+            found = batch.rows[site]
+            rows[name] = found if layer is None else found[:, self._layers.index(layer)]
+        return HookBatch(rows, batch.samples)
+
+    def next_or_none(self) -> HookBatch | None:
+        """The next minibatch with its sample numbers, or None after the last epoch."""
+        try:
+            return self.next_batch()
+        except StopIteration:
+            return None
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands: JSON of less than 200 bytes."""
+        return dict(self._batches.state())
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues at `state`.
+
+        Raises:
+            InputError: the state is of other sites, layers or settings.
+        """
+        self._batches.restore(state)
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._batches.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _wanted(store: Store, places: Places) -> tuple[list[str], list[int]]:
+    """The sites and layers to read, each once."""
+    if not places:
+        raise InputError("no hook was named; expected {hook name: (site, layer)}")
+    sites = list(dict.fromkeys(site for site, _ in places.values()))
+    layers = sorted({layer for _, layer in places.values() if layer is not None})
+    for name, (site, layer) in places.items():
+        where = store.plan.layout.site(site)
+        if where.layers is not None and layer is None:
+            raise InputError(f"hook {name!r} names no layer; site {site!r} holds layers {list(where.layers)}")
+        where.layer_index(layer)
+        if where.layers is not None and (lacking := [label for label in layers if label not in where.layers]):
+            raise InputError(
+                f"the hooks name layers {layers}, and site {site!r} lacks {lacking}; one loader reads the same "
+                "layers of every site: name fewer hooks, and train in two runs"
+            )
+    return sites, layers
