@@ -111,6 +111,10 @@ class Batches(Generic[Rows]):
         self._reader: ThreadPoolExecutor | None = None
         self._ready: dict[tuple[int, int], Future[_Window]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy stands where this one does, and has read nothing."""
+        return self.__dict__ | {"_reader": None, "_ready": {}}
+
     def __iter__(self) -> Iterator[Rows]:
         return self
 

@@ -224,7 +224,11 @@ def _report_text(report: Report) -> str:
         f"{report.depth}; {human_bytes(report.bytes_compared)} compared in {report.seconds:.1f} s, "
         f"{human_bytes(int(rate))}/s"
     )
-    return "\n".join([head, *(f"  {finding.what}: {finding.problem}" for finding in report.findings)])
+    lines = [
+        f"  {finding.what}: {finding.problem}" + f" (generation {finding.generation})" * (finding.generation > 1)
+        for finding in report.findings
+    ]
+    return "\n".join([head, *lines])
 
 
 def _as_text(line: dict[str, Any]) -> str:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import itertools
+import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +157,20 @@ def test_exact_order_mixes_far_more_than_a_window() -> None:
 EXACT = [393657, 606016, 46566, 336945, 348177, 136821]
 
 
-def test_a_copy_in_another_process_reads_for_itself(made: tuple[Contents, Path]) -> None:
-    _, url = made
-    loader = actstore.open(url).batches(site="mlp_out", layer=2, batch_size=5, order="exact")
-    reader = pickle.loads(pickle.dumps(loader._readers[0]))
-    samples = np.array([3, 9, 52])
-    assert reader.rows(samples)[0].tobytes() == loader._readers[0].rows(samples)[0].tobytes()
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_copy_goes_on_in_another_process(made: tuple[Contents, Path], order: Any) -> None:
+    with actstore.open(made[1]).batches(site="mlp_out", layer=2, batch_size=5, order=order) as loader:
+        next(loader)
+        command = [sys.executable, "-c", COPY]
+        done = subprocess.run(command, input=pickle.dumps(loader), capture_output=True, check=True)
+        assert json.loads(done.stdout) == [loader.next_batch().samples.tolist() for _ in range(3)]
+
+
+COPY = """
+import json, pickle, sys
+loader = pickle.load(sys.stdin.buffer)
+print(json.dumps([loader.next_batch().samples.tolist() for _ in range(3)]))
+"""
 
 
 # Damage
