@@ -7,7 +7,6 @@ from jaxtyping import TypeCheckError
 import actstore
 import extract.packing
 from actstore import moments, shuffle
-from actstore.batches import Batch
 
 
 def test_a_wrong_number_of_axes_is_refused():
@@ -21,8 +20,9 @@ def test_a_wrong_dtype_is_refused():
 
 
 def test_axes_of_one_name_have_one_length():
-    with pytest.raises(TypeCheckError, match="Batch"):
-        Batch(np.zeros((3, 2), np.float32), np.zeros(4, np.int64))
+    ids, rows = np.zeros((2, 3), np.int32), np.zeros(4, np.int32)
+    with pytest.raises(TypeCheckError, match="Contexts"):
+        extract.packing.Contexts(ids, ids[:, :2], ids, rows, rows)
 
 
 def test_results_are_checked(monkeypatch):
