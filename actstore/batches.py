@@ -18,7 +18,8 @@ from actstore.errors import InputError
 from actstore.gather import Source, gather
 from actstore.kvstore import Root
 from actstore.layout import Layout, Site, whole_number
-from actstore.mapped import MappedRows, as_integers, can_map
+from actstore.mapped import MappedRows, can_map
+from actstore.moments import as_integers
 from actstore.schema import Plan
 from actstore.shuffle import BlockOrder, ExactOrder
 from actstore.vouchers import Vouchers
@@ -259,27 +260,12 @@ class _Reader:
     """Reads rows of some layers of one site into fresh buffers: by mapping local files, else through TensorStore."""
 
     def __init__(self, root: Root, plan: Plan, selection: Selection, *, check: bool) -> None:
-        self._root, self._site, self._layers = root, selection.site, selection.layers
+        self._site, self._layers = selection.site, selection.layers
         only = (selection.site.name, selection.layers[0]) if len(selection.layers) == 1 else None
         vouchers = Vouchers(root, plan, only=only) if check else None
         self._source = Source.open(root, plan, selection.site.name, vouchers=vouchers)
-        self._mapped = self._maps()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy in another process maps its own files."""
-        return _Reader._again, (self._root, self._site, self._layers, self._source)
-
-    @classmethod
-    def _again(cls, root: Root, site: Site, layers: tuple[int, ...], source: Source) -> "_Reader":
-        made = cls.__new__(cls)
-        made._root, made._site, made._layers, made._source = root, site, layers, source
-        made._mapped = made._maps()
-        return made
-
-    def _maps(self) -> list[MappedRows]:
-        if not can_map(self._root, self._source):
-            return []
-        return [MappedRows(self._root, self._source, self._site, layer) for layer in self._layers]
+        mapped = can_map(root, self._source)
+        self._mapped = [MappedRows(root, self._source, self._site, layer) for layer in self._layers if mapped]
 
     def rows(self, samples: Int64[np.ndarray, " row"]) -> tuple[UInt[np.ndarray, "rows width"], ...]:
         """Some samples, ascending, of every layer."""

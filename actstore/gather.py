@@ -20,7 +20,7 @@ from actstore.kvstore import TIMEOUT_SECONDS, Root, storage_errors
 from actstore.layout import Layout
 from actstore.ledger import checksum
 from actstore.metadata import array_metadata
-from actstore.moments import to_float32
+from actstore.moments import as_integers, to_float32
 from actstore.objects import Objects
 from actstore.schema import Plan
 from actstore.shards import chunk_digests
@@ -73,7 +73,8 @@ class Source:
 
     def shard(self, layer: int, sample: int) -> str:
         """How a person calls the shard that holds a sample: array, layer label, block, store."""
-        label = "" if self.layers is None else f", layer {self.layers[layer]}"
+        site = self.layout.site_of(self.name)
+        label = site.layer_text(layer) if site else ""
         return f"{self.name}{label}, block {sample // self.layout.block_samples} of {self.url}"
 
     def part(self, layer: int, start: int, stop: int) -> ts.TensorStore:
@@ -288,7 +289,6 @@ def _put(
     """Copies the chosen values of rows, and widens them where `out` is wider."""
     chosen = rows[..., width] if rows.ndim > 1 else rows
     if chosen.dtype == out.dtype:
-        plain = f"u{out.dtype.itemsize}"  # NumPy copies types it knows faster
-        out.view(plain)[...] = chosen.view(plain)
+        as_integers(out)[...] = as_integers(chosen)
     else:
         to_float32(chosen, out.view(np.uint32))

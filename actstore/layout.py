@@ -91,6 +91,15 @@ class Site:
         """Bytes of one row."""
         return self.width * ITEM_BYTES[self.dtype]
 
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample: a row of each layer."""
+        return self.row_bytes * self.rows_per_sample
+
+    def layer_text(self, index: int) -> str:
+        """How messages name the layer at an index of the `layer` axis, after the site: nothing where it has none."""
+        return "" if self.layers is None else f", layer {self.layers[index]}"
+
     def layer_index(self, layer: int | None) -> int:
         """Index along the `layer` axis of the label `layer` (0 for a layerless site).
 
@@ -233,7 +242,7 @@ class Layout:
         widest = max(site.row_bytes for site in sites)
         chunk = _power_of_two(CHUNK_BYTES // widest)
         if block_samples is None:
-            sample_bytes = sum(site.row_bytes * site.rows_per_sample for site in sites)
+            sample_bytes = sum(site.sample_bytes for site in sites)
             most = memory_bytes // BLOCKS_IN_MEMORY // sample_bytes
             block_samples = _power_of_two(min(SHARD_BYTES // widest, most, MAX_BLOCK_SAMPLES))
             chunk = min(chunk, block_samples)
@@ -261,7 +270,7 @@ class Layout:
     @property
     def sample_bytes(self) -> int:
         """Bytes of activations per sample, over all sites and layers."""
-        return sum(site.row_bytes * site.rows_per_sample for site in self.sites)
+        return sum(site.sample_bytes for site in self.sites)
 
     @property
     def data_bytes(self) -> int:

@@ -155,8 +155,7 @@ def _stored_plan(root: Root, generation: int) -> Plan | None:
 def _complete_generations(root: Root) -> int:
     """How many generations are complete: by the root group, or by the seals where that is damaged."""
     try:
-        attributes = _root_attributes(root)
-        return attributes.generation if attributes is not None and attributes.status == "complete" else 0
+        return _newest_complete(root)
     except CorruptStoreError:
         sealed = itertools.count(1)
         return next(number for number in sealed if root.read(key_in(number, SEAL_KEY)) is None) - 1
@@ -408,10 +407,9 @@ def _refuse_lost_shards(root: Root, plan: Plan) -> None:
         for block, index in itertools.product(plan.blocks, range(site.rows_per_sample)):
             key = shard_key(site, first + index, block)
             if key not in found:
-                layer = "" if site.layers is None else f", layer {site.layers[index]}"
                 raise CorruptStoreError(
-                    f"{root.url} cannot be sealed: {site.name}{layer}, block {block} is committed, but its shard "
-                    f"{key} is gone; run `actstore repair`, then write what is missing and seal again"
+                    f"{root.url} cannot be sealed: {site.name}{site.layer_text(index)}, block {block} is committed, "
+                    f"but its shard {key} is gone; run `actstore repair`, then write what is missing and seal again"
                 )
 
 
@@ -428,6 +426,7 @@ def _check_base(root: Root, plan: Plan) -> None:
 
 
 def _newest_complete(root: Root) -> int:
+    """How many generations are complete, by the root group alone."""
     attributes = _root_attributes(root)
     return attributes.generation if attributes is not None and attributes.status == "complete" else 0
 

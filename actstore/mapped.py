@@ -14,10 +14,11 @@ import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import google_crc32c
 import numpy as np
-from jaxtyping import Int64, Shaped, UInt
+from jaxtyping import Int64, UInt
 
 from actstore.errors import CorruptStoreError
 from actstore.gather import Source, compare, gather
@@ -45,6 +46,10 @@ class MappedRows:
         self._tail = index + google_crc32c.value(index).to_bytes(CHECKSUM_BYTES, "little")
         self._shape = (count, layout.chunk_samples, site.width)
         self._shards: OrderedDict[int, Chunks] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, in another process too, maps its own files."""
+        return self.__dict__ | {"_shards": OrderedDict()}
 
     def take(self, samples: Int64[np.ndarray, " row"], out: UInt[np.ndarray, "row width"]) -> None:
         """Copies single rows, ascending, into `out`, the stored dtype as unsigned integers.
@@ -135,8 +140,3 @@ class MappedRows:
 def can_map(root: Root, source: Source) -> bool:
     """Whether the shards of a store are local files without compression, in this machine's byte order."""
     return source.layout.codec != "zstd" and sys.byteorder == "little" and root.path.is_dir()
-
-
-def as_integers(rows: Shaped[np.ndarray, "*shape"]) -> UInt[np.ndarray, "*shape"]:
-    """The same memory as unsigned integers, which NumPy copies faster than types it does not know."""
-    return rows.view(f"u{rows.dtype.itemsize}")

@@ -96,8 +96,7 @@ class _Shard:
     def name(self, layout: Layout) -> str:
         """How a person calls it: site or column, layer label, block."""
         site = layout.site_of(self.array)
-        layers = site.layers if site else None
-        layer = "" if layers is None or self.layer is None else f", layer {layers[self.layer]}"
+        layer = "" if site is None or self.layer is None else site.layer_text(self.layer)
         return f"{self.array}{layer}, block {self.block}"
 
 

@@ -62,7 +62,7 @@ class Writer:
     ) -> None:
         root.check_writable(0)  # before a listing, which would say less about what is wrong
         self._sites = {site.name: site for site in added_sites(plan)}
-        sample_bytes = sum(site.row_bytes * site.rows_per_sample for site in self._sites.values())
+        sample_bytes = sum(site.sample_bytes for site in self._sites.values())
         root.check_writable(len(missing_blocks(root, plan)) * plan.layout.block_samples * sample_bytes)
         create_plan(root, plan)
         write_assets(root, plan, assets or {})
@@ -356,8 +356,7 @@ def _refuse_non_finite(site: Site, layer: int, rows: Array, norms: Norms, start:
     """NaN and infinity are never stored: they would spoil every statistic and every training step after."""
     for row in np.flatnonzero(~np.isfinite(norms)):
         if not np.isfinite(to_float32(rows[row])).all():
-            label = "" if site.layers is None else f", layer {site.layers[layer]}"
             raise InputError(
-                f"site {site.name!r}{label}, sample {start + row} holds NaN or infinity, expected finite activations; "
-                "find out why the model produced it"
+                f"site {site.name!r}{site.layer_text(layer)}, sample {start + row} holds NaN or infinity, expected "
+                "finite activations; find out why the model produced it"
             )

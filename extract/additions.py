@@ -148,11 +148,10 @@ def _sites(
     layered = [site for site in layout.sites if site.layers is not None]
     if names is None:
         names = [site.name for site in layered]
-    given = layers is not None
+    if layers and names and all(name in LAYERLESS_SITES for name in names):
+        raise InputError(f"the sites {list(names)} have no layers, asked for {list(layers)}; leave the layers out")
     if layers is None:
         layers = layered[0].layers or () if layered else ()
-    if layers and names and all(name in LAYERLESS_SITES for name in names) and given:
-        raise InputError(f"the sites {list(names)} have no layers, asked for {list(layers)}; leave the layers out")
     checked_taps(model, names, layers or None)
     widths, dtype = site_widths(model.config), layout.sites[0].dtype
     return tuple(

@@ -81,7 +81,7 @@ def _compute(plan: ExtractPlan, writer: Writer, progress: Callable[[Progress], N
     missing = deque(writer.missing())
     ranges = {block: plan.store.block_range(block) for block in missing}
     sizes = {block: stop - start for block, (start, stop) in ranges.items()}
-    sample_bytes = sum(site.row_bytes * site.rows_per_sample for site in added_sites(plan.store))
+    sample_bytes = sum(site.sample_bytes for site in added_sites(plan.store))
     blocks = len(plan.store.blocks)
     state = Progress(
         blocks=blocks, blocks_before=blocks - len(missing), blocks_computed=0,

@@ -124,7 +124,7 @@ class ExtractPlan:
             "steps": self.steps,
             "sites": [dataclasses.asdict(site) for site in sites],
             "samples": samples,
-            "bytes": samples * sum(site.row_bytes * site.rows_per_sample for site in sites),
+            "bytes": samples * sum(site.sample_bytes for site in sites),
             "blocks": len(self.store.blocks),
             "block_samples": layout.block_samples,
             "chunk_samples": layout.chunk_samples,
