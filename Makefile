@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test lint bench docs wheel-check other-python trainers clean help
+.PHONY: demo test lint bench soak docs wheel-check other-python trainers clean help
 
 help:
 	@echo "make demo          text -> activations -> store -> trained SAE, on a real model"
 	@echo "make test          all tests"
 	@echo "make lint          format, lint, types, import rules"
 	@echo "make docs          the documentation, into docs/_build/html"
-	@echo "make bench         benchmarks, one JSON line last"
+	@echo "make bench         benchmarks beside peers, one JSON line last: 4 GB of disk, and 3 GB of peers at first"
+	@echo "make soak          ten minutes of training with restores, failures and killed readers: nothing may leak"
 	@echo "make wheel-check   build the wheel, read a store in an empty environment"
 	@echo "make other-python  the tests on the newest other Python found"
 	@echo "make trainers      real trainers on a small store, each in its own environment: 8 GB, ten minutes"
@@ -38,6 +39,9 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m tests.benchmarks
 
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.soak --minutes 10 --seed 1
+
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build/html
 
@@ -52,4 +56,4 @@ trainers:
 	$(PYTHON) -m tests.trainers $(TRAINERS)
 
 clean:
-	rm -rf $(VENV) .venv-trainers docs/_build build dist
+	rm -rf $(VENV) .venv-trainers .venv-bench-* docs/_build build dist

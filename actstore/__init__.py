@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from actstore.api import Store, TokenInContext, append, create, open  # noqa: A004  reads as `actstore.open`
     from actstore.batches import Batch, Batches
     from actstore.errors import ActstoreError
+    from actstore.filters import Filter
     from actstore.layout import Column, Layout, Site
+    from actstore.norms import NormStatistics
     from actstore.schema import Plan
     from actstore.table import DocumentTable
     from actstore.writer import Writer
@@ -23,7 +25,9 @@ _WHERE = {
     "Batches": "batches",
     "Column": "layout",
     "DocumentTable": "table",
+    "Filter": "filters",
     "Layout": "layout",
+    "NormStatistics": "norms",
     "Plan": "schema",
     "Site": "layout",
     "Store": "api",
@@ -39,7 +43,9 @@ __all__ = [
     "Batches",
     "Column",
     "DocumentTable",
+    "Filter",
     "Layout",
+    "NormStatistics",
     "Plan",
     "Site",
     "Store",

@@ -9,15 +9,20 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Int, Int64
 
-from actstore.batches import WINDOW_BYTES, Array, Batches, Order, Selection
+from actstore.batches import WINDOW_BYTES, Array, Batches, Order
 from actstore.errors import InputError, UnfinishedStoreError, UnknownNameError
+from actstore.filters import Filter
 from actstore.generations import extend
+from actstore.kept import Kept, norm_statistics
 from actstore.kvstore import Root
 from actstore.layout import Layout, Site
 from actstore.ledger import appended_plan, committed_blocks, committed_ranges, lineage, read_plan, read_status
+from actstore.norms import NormStatistics
 from actstore.reader import check_complete, open_dataset, read_column
+from actstore.scaling import Normalization
 from actstore.schema import Plan
 from actstore.table import DocumentTable, StoredDocuments, refuse_known_ids, write_table
+from actstore.windows import Selection
 from actstore.writer import Writer
 
 
@@ -104,6 +109,8 @@ class Store:
         order: Order = ...,
         window_bytes: int = ...,
         part: tuple[int, int] = ...,
+        where: Filter | None = ...,
+        normalize: Normalization | None = ...,
         check: bool = ...,
     ) -> Batches[Array]: ...
 
@@ -115,13 +122,15 @@ class Store:
         site: str = ...,
         layer: None = ...,
         sites: Sequence[str] | None = ...,
-        layers: Sequence[int] | None = ...,
+        layers: Sequence[int] | Mapping[str, Sequence[int] | None] | None = ...,
         seed: int = ...,
         epochs: int | None = ...,
         drop_remainder: bool = ...,
         order: Order = ...,
         window_bytes: int = ...,
         part: tuple[int, int] = ...,
+        where: Filter | None = ...,
+        normalize: Normalization | None = ...,
         check: bool = ...,
     ) -> Batches[dict[str, Array]]: ...
 
@@ -132,13 +141,15 @@ class Store:
         site: str = "resid_post",
         layer: int | None = None,
         sites: Sequence[str] | None = None,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | Mapping[str, Sequence[int] | None] | None = None,
         seed: int = 0,
         epochs: int | None = None,
         drop_remainder: bool = True,
         order: Order = "block",
         window_bytes: int = WINDOW_BYTES,
         part: tuple[int, int] = (0, 1),
+        where: Filter | None = None,
+        normalize: Normalization | None = None,
         check: bool = True,
     ) -> Batches[Any]:
         """Shuffled minibatches [batch, width] of one site and layer, in the stored dtype; or of several.
@@ -151,17 +162,25 @@ class Store:
             site: which site.
             layer: label of the layer; may be left out where the site has only one.
             sites: several sites, aligned by sample; `site` and `layer` are then not used.
-            layers: several layers of `site`, or of each of `sites`; None takes all.
+            layers: several layers of `site`, or of each of `sites`; None takes all. Or the layers of each site by its
+                name, without `sites`; None for all, and for a site without layers.
             seed: the same seed gives the same batches, on any machine.
             epochs: number of passes over the store; None never ends.
             drop_remainder: False gives a last, smaller minibatch in each epoch.
             order: `block` reads whole chunks and shuffles among the many chunks of a window. `exact` shuffles all
                 samples and reads them one by one: for local, uncompressed stores that fit into the page cache; others
                 read a chunk for each row.
-            window_bytes: what is read at once; two windows are held. Block order shuffles inside it: a window as large
-                as what is read of the store gives a perfect shuffle.
+            window_bytes: memory for rows that were read: one half is handed out, the other is read meanwhile. Block
+                order shuffles inside a half: one as large as what is read of the store gives a perfect shuffle.
             part: (number, parts) of processes that share the minibatches: each gets its slice of every one. The
                 minibatches are the same whatever the number of parts.
+            where: which samples to give; None gives all. An epoch is then shorter. Chunks that hold none of them are
+                not read.
+            normalize: None gives rows as they are stored. Otherwise they are float32, normalised as the name says:
+                `expected_average_only_in` (SAELens: by one number, so that the mean norm is sqrt(width)),
+                `norm_factor` (dictionary_learning: by one number, so that the mean squared norm is 1),
+                `constant_norm_rescale` (SAELens: each row to the norm sqrt(width)), `layer_norm` (SAELens: each row
+                less its mean, by its standard deviation). The numbers are in `Batches.scales`.
             check: False reads without comparing chunks with their commit markers: for stores that were just verified.
                 Exact order on local stores compares one chunk of each shard, which finds a wrong shard and not a
                 flipped bit.
@@ -176,11 +195,15 @@ class Store:
         return Batches(
             self._root, self.plan, self._selections(site, layer, sites, layers), stacked=several,
             batch_size=batch_size, seed=seed, epochs=epochs, drop_remainder=drop_remainder, order=order,
-            window_bytes=window_bytes, part=part, check=check,
+            window_bytes=window_bytes, part=part, where=where, normalize=normalize, check=check,
         )  # fmt: skip
 
     def _selections(
-        self, name: str, layer: int | None, names: Sequence[str] | None, layers: Sequence[int] | None
+        self,
+        name: str,
+        layer: int | None,
+        names: Sequence[str] | None,
+        layers: Sequence[int] | Mapping[str, Sequence[int] | None] | None,
     ) -> list[Selection]:
         """What a loader reads of each site.
 
@@ -193,14 +216,22 @@ class Store:
             return [Selection(site, (site.layer_index(layer),))]
         if layer is not None:
             raise InputError(f"layer={layer} and several sites or layers were given; give layers=[{layer}] alone")
-        wanted = [name] if names is None else list(names)
-        found = []
-        for site in map(self.plan.layout.site, wanted):
-            labels = site.layers if layers is None or site.layers is None else tuple(layers)
-            found.append(Selection(site, (0,) if labels is None else tuple(map(site.layer_index, labels))))
-        twice = len(set(wanted)) != len(wanted) or any(len(set(each.layers)) != len(each.layers) for each in found)
+        if isinstance(layers, Mapping):
+            if names is not None:
+                raise InputError(f"sites {list(names)} and layers by site were given; give the layers by site alone")
+            wanted = list(layers.items())
+            for each, labels in wanted:
+                if labels is not None and self.plan.layout.site(each).layers is None:
+                    raise UnknownNameError(f"site {each!r} has no layers, asked for {labels}; give None")
+        else:
+            if isinstance(names, str):
+                raise InputError(f"sites is {names!r}; expected several, such as [{names!r}]")
+            wanted = [(name, layers) for name in ([name] if names is None else names)]
+        found = [_selection(self.plan.layout.site(name), labels) for name, labels in wanted]
+        twice = len({each.site.name for each in found}) != len(found)
+        twice |= any(len(set(each.layers)) != len(each.layers) for each in found)
         if not found or twice or not all(each.layers for each in found):
-            raise InputError(f"sites {wanted} and layers {layers} were asked for; name at least one of each, each once")
+            raise InputError(f"{wanted} was asked for, as (site, layers); name at least one of each, each once")
         return found
 
     def column(self, name: str, rows: Int[np.ndarray, " n"]) -> np.ndarray:
@@ -216,6 +247,31 @@ class Store:
             raise UnknownNameError(f"column {name!r} is not in this store; it holds {', '.join(names) or 'none'}")
         self._check_committed(wanted)
         return read_column(self._root, self.plan, name, wanted)
+
+    def stats(
+        self, *, site: str = "resid_post", layer: int | None = None, where: Filter | None = None, check: bool = True
+    ) -> NormStatistics:
+        """Statistics of the norms of one site and layer, exact: mean, root mean square, median, largest.
+
+        Reads 4 bytes per sample, twice; no activation. Memory does not grow with the store.
+
+        Args:
+            site: which site.
+            layer: label of the layer; may be left out where the site has only one.
+            where: only of samples that this filter keeps.
+            check: False reads without comparing norms with their commit markers.
+
+        Raises:
+            UnfinishedStoreError: the store is not complete.
+            UnknownNameError: no such site, layer or column.
+            InputError: the filter keeps nothing.
+            CorruptStoreError: norms are missing or damaged.
+        """
+        check_complete(self._root, self.plan)
+        found = self.plan.layout.site(site)
+        index = found.layer_index(layer)
+        kept = Kept(self._root, self.plan, where, [(found, index)], check=check) if where is not None else None
+        return norm_statistics(self._root, self.plan, found, index, kept=kept, check=check)
 
     def _check_committed(self, rows: Int[np.ndarray, " n"]) -> None:
         """Refuses rows of an unfinished store that are not written yet. Costs one read, one listing if unfinished."""
@@ -360,6 +416,15 @@ def append(
     if documents is not None:
         write_table(root, plan, documents)
     return writer
+
+
+def _selection(site: Site, labels: Sequence[int] | None) -> Selection:
+    """Some layers of a site, or all."""
+    if isinstance(labels, int | str):
+        raise InputError(f"layers is {labels!r}; expected several, such as [{labels}]")
+    if site.layers is None:
+        return Selection(site, (0,))
+    return Selection(site, tuple(map(site.layer_index, site.layers if labels is None else labels)))
 
 
 def _in_context(text: bytes, spans: np.ndarray, position: int, window: int) -> TokenInContext:

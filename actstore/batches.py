@@ -1,75 +1,66 @@
 """Shuffled minibatches of a finished store: seeded, endless or for some epochs, and resumable from a few numbers.
 
-The order is `actstore.shuffle`'s: a pure function of seed, epoch and position. Reading goes window by window: all rows
-of a window are read into one buffer and compared with their commit markers, while the window before is handed out.
+The order is `actstore.shuffle`'s: a pure function of seed, epoch and position. A position counts all samples, also
+those that a filter leaves out, so that a state stays small. Rows come from `actstore.windows`, window after window.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt
 
 from actstore.errors import InputError
-from actstore.gather import Source, gather
-from actstore.kvstore import Root
+from actstore.filters import Filter
+from actstore.kept import Kept, norm_statistics
+from actstore.kvstore import Root, forked, refuse_fork
 from actstore.layout import Layout, Site, whole_number
-from actstore.mapped import MappedRows, can_map
-from actstore.moments import as_integers
+from actstore.moments import as_integers, to_float32
+from actstore.scaling import Normalization, by_statistics, check_normalization, normalize_rows, scale_of
 from actstore.schema import Plan
 from actstore.shuffle import BlockOrder, ExactOrder
-from actstore.vouchers import Vouchers
+from actstore.windows import Selection, Window, Windows
 
 Order: TypeAlias = Literal["block", "exact"]
 Array: TypeAlias = Shaped[np.ndarray, "..."]
 Rows = TypeVar("Rows", bound=Array | dict[str, Array])
-WINDOW_BYTES = 256 << 20  # 512 chunks of 512 KiB
+Place: TypeAlias = tuple[str, int | None]
+WINDOW_BYTES = 512 << 20  # 512 chunks of 512 KiB that are used, and as many that are read meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch(Generic[Rows]):
     """Rows, and the samples they are.
 
-    `rows` is a fresh, writable array [batch, width] in the stored dtype: a trainer may change it in place. A loader of
-    several layers or sites has a dictionary by site, [batch, layer, width] each, [batch, width] without layers.
+    `rows` is a fresh, writable array [batch, width] in the stored dtype, or float32 where it is normalised: a trainer
+    may change it in place. A loader of several layers or sites has a dictionary by site, [batch, layer, width] each,
+    [batch, width] without layers.
     """
 
     rows: Rows
     samples: Int64[np.ndarray, " batch"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """One site and the indices of some of its layers; `[0]` where it has none."""
+class _Piece(NamedTuple):
+    """A stretch of kept samples of one window: numbers `start` to `stop - 1`."""
 
-    site: Site
-    layers: tuple[int, ...]
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of one sample of all its layers."""
-        return self.site.row_bytes * len(self.layers)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Window:
-    """Rows as they were read, by site and layer, and the shuffled order in which they are handed out."""
-
-    pools: tuple[tuple[UInt[np.ndarray, "..."], ...], ...]
-    places: Int64[np.ndarray, " samples"]
-    samples: Int64[np.ndarray, " samples"]
+    window: Window
+    start: int
+    stop: int
 
 
 class Batches(Generic[Rows]):
     """An iterator of minibatches over one site and layer, or several, aligned by sample. Made by `Store.batches`.
 
     Iterating gives the rows alone; `next_batch` gives them with their sample numbers. `state()` is a small dictionary;
-    `restore(state)` continues exactly there. Memory: two windows and one batch. Use it from one thread, and `close()`
-    it (or use `with`) when it is not used up. It can be copied to another process, which then reads for itself.
+    `restore(state)` continues exactly there. Memory: `window_bytes`, three batches and 100 MB for reading, and with a
+    filter a bit per sample, at most 128 MiB. Several threads may share it: each minibatch goes to one of them.
+    `close()` it (or use `with`) when it is not used up. It can be copied to another process, which reads for itself.
     """
 
     def __init__(
@@ -86,41 +77,90 @@ class Batches(Generic[Rows]):
         order: Order = "block",
         window_bytes: int = WINDOW_BYTES,
         part: tuple[int, int] = (0, 1),
+        where: Filter | None = None,
+        normalize: Normalization | None = None,
         check: bool = True,
     ) -> None:
         layout = plan.layout
+        batch_size, seed = whole_number(batch_size, "batch_size"), whole_number(seed, "seed")
+        window_bytes = whole_number(window_bytes, "window_bytes")
+        epochs, part = None if epochs is None else whole_number(epochs, "epochs"), _pair(part)
+        drop_remainder = bool(drop_remainder)
         _check(layout, batch_size, seed, epochs, window_bytes, part, drop_remainder=drop_remainder)
+        if normalize is not None:
+            check_normalization(normalize)
         self._selections, self._stacked, self._part = tuple(selections), stacked, part
-        self._readers = [_Reader(root, plan, selection, check=check) for selection in selections]
         sample_bytes = sum(selection.sample_bytes for selection in selections)
+        half = max(window_bytes // 2, 1)  # the other half is read meanwhile
         self._order: BlockOrder | ExactOrder
         if order == "block":
-            window = _window_chunks(layout, window_bytes, sample_bytes)
+            window = _window_chunks(layout, half, sample_bytes)
             self._order = BlockOrder(layout.samples, seed, layout.chunk_samples, window)
         elif order == "exact":
-            window = max(window_bytes // max(sample_bytes, 256), batch_size, 1)
+            window = max(half // max(sample_bytes, 256), batch_size, 1)
             self._order = ExactOrder(layout.samples, seed, window)
         else:
             raise InputError(f"order is {order!r}; expected 'block' or 'exact'")
         self._batch_size, self._epochs, self._drop = batch_size, epochs, drop_remainder
+        self._normalize, self._root, self._plan, self._check = normalize, root, plan, check
+        places = [(each.site, layer) for each in selections for layer in each.layers]
+        self._kept = Kept(root, plan, where, places, check=check) if where is not None else None
+        self._windows = Windows(
+            root, plan, selections, self._order, kept=self._kept, epochs=epochs, check=check
+        )  # fmt: skip
         one = selections[0]
-        settings = [one.site.name, one.layers[0], batch_size, seed, window, drop_remainder]
+        settings: list[object] = [one.site.name, one.layers[0], batch_size, seed, window, drop_remainder]
         if stacked or order == "exact":
             settings = [*((each.site.name, each.layers) for each in selections), *settings[2:], order, stacked]
+        if where is not None or normalize is not None:
+            settings += [json.dumps(where and where.as_json()), normalize]
         self._identity = _identity(plan, *settings)
-        self._epoch, self._position = 0, 0
-        self._reader: ThreadPoolExecutor | None = None
-        self._ready: dict[tuple[int, int], Future[_Window]] = {}
+        self._place = (0, 0)  # epoch and position
+        self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy stands where this one does, and has read nothing."""
-        return self.__dict__ | {"_reader": None, "_ready": {}}
+        refuse_fork()
+        with self._lock:
+            return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
 
     def __iter__(self) -> Iterator[Rows]:
         return self
 
     def __next__(self) -> Rows:
         return self.next_batch().rows
+
+    @functools.cached_property
+    def scales(self) -> dict[Place, float]:
+        """What the rows of each (site, layer) are multiplied by: empty unless all are by one number.
+
+        It is exact, over all rows that the filter keeps. Costs reading their norms, 4 bytes per sample, twice.
+
+        Raises:
+            InputError: the filter keeps nothing, or all rows are zero.
+            CorruptStoreError: norms are missing or damaged.
+        """
+        if self._normalize is None or not by_statistics(self._normalize):
+            return {}
+        found: dict[Place, float] = {}
+        for site, layers in self._selections:
+            for layer in layers:
+                statistics = norm_statistics(
+                    self._root, self._plan, site, layer, kept=self._kept, check=self._check
+                )  # fmt: skip
+                what = f"{site.name}{site.layer_text(layer)} of {self._root.url}"
+                found[_place(site, layer)] = scale_of(self._normalize, statistics, site.width, what=what)
+        return found
+
+    @property
+    def window_samples(self) -> int:
+        """Samples that are shuffled together in block order, read together in exact order, where there are enough."""
+        first, last = self._order.window_at(0, 0)
+        return last - first
 
     def next_batch(self) -> Batch[Rows]:
         """The next minibatch with its sample numbers.
@@ -129,21 +169,18 @@ class Batches(Generic[Rows]):
             StopIteration: `epochs` epochs were given.
             StorageError: reading failed; the iterator stays where it was, calling again retries.
             CorruptStoreError: a shard is missing, damaged, swapped or stale; names site, layer and block.
+            InputError: a filter keeps too few samples for a minibatch.
         """
-        samples = self._order.samples
-        left = samples - self._position
-        if left <= 0 or (self._drop and left < self._batch_size):
-            self._epoch, self._position = self._epoch + 1, 0
-            left = samples
-        if self._epochs is not None and self._epoch >= self._epochs:
-            self.close()
-            raise StopIteration
-        count = min(self._batch_size, left)
-        number, parts = self._part
-        first, last = (self._position + count * edge // parts for edge in (number, number + 1))
-        batch = self._gather(first, last)
-        self._position += count
-        return batch
+        refuse_fork()  # before the lock: a thread that is not in this process may hold it
+        with self._lock:
+            pieces, place = self._next()
+            if not pieces:
+                self._place = place
+                self.close()
+                raise StopIteration
+            batch = self._gather(_part(pieces, *self._part))
+            self._place = place
+            return batch
 
     def next_or_none(self) -> Batch[Rows] | None:
         """The next minibatch with its sample numbers, or None after the last epoch: for loops that need both."""
@@ -152,19 +189,47 @@ class Batches(Generic[Rows]):
         except StopIteration:
             return None
 
+    def skip(self, batches: int) -> None:
+        """Passes over some minibatches, at most to the end. Without a filter it reads nothing.
+
+        Raises:
+            StoreError: reading for the filter failed; the iterator stays where it was.
+        """
+        if whole_number(batches, "batches") < 0:
+            raise InputError(f"batches is {batches}; expected 0 or more")
+        refuse_fork()
+        with self._lock:
+            before = self._place
+            try:
+                for _ in range(batches):
+                    if self._kept is None:
+                        epoch, start, stop = self._step()
+                        self._place, ended = (epoch, stop), start == stop
+                    else:
+                        pieces, self._place = self._next()
+                        ended = not pieces
+                    if ended:
+                        return
+            except BaseException:
+                self._place = before
+                raise
+
     def state(self) -> dict[str, int | str]:
         """Where the iterator stands: JSON of less than 200 bytes, whatever the size of the store.
 
         It counts whole minibatches: a loader of any other part, of any other number of parts, takes it too.
         """
-        return {"version": 1, "epoch": self._epoch, "position": self._position, "loader": self._identity}
+        epoch, position = self._place
+        return {"version": 1, "epoch": epoch, "position": position, "loader": self._identity}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues at `state`: the next batch is the one that followed it.
 
         Raises:
-            InputError: the state is of another store, site, layer, seed, order, window or batch size.
+            InputError: the state is of another store, site, layer, seed, order, window, batch size or filter.
         """
+        if not isinstance(state, Mapping):
+            raise InputError(f"not a state of batches: {str(state)[:80]}; expected what state() returned")
         numbers = [state.get("epoch"), state.get("position")]
         whole = all(isinstance(number, int) and number >= 0 for number in numbers)
         if set(state) != {"version", "epoch", "position", "loader"} or not whole:
@@ -172,20 +237,23 @@ class Batches(Generic[Rows]):
         if state["loader"] != self._identity or state["version"] != 1:
             raise InputError(
                 f"the state belongs to the loader {state['loader']}, this one is {self._identity}: another store, "
-                "site, layer, seed, order, window or batch size; make the loader with the settings it had"
+                "site, layer, seed, order, window, batch size, filter or normalisation; make the loader with the "
+                "settings it had"
             )
         if state["position"] > self._order.samples:
             raise InputError(
                 f"the state is at sample {state['position']}, the store has {self._order.samples}; not restored"
             )
-        self._epoch, self._position = state["epoch"], state["position"]
+        refuse_fork()
+        with self._lock:
+            self._place = state["epoch"], state["position"]
 
     def close(self) -> None:
         """Stops reading ahead and frees the windows. Harmless when called again; the next minibatch starts anew."""
-        if self._reader is not None:
-            self._reader.shutdown(wait=True, cancel_futures=True)
-            self._reader = None
-        self._ready.clear()
+        if forked():  # its thread is not here, and its lock may be held by one that is not here either
+            return
+        with self._lock:
+            self._windows.close()
 
     def __enter__(self) -> Self:
         return self
@@ -193,26 +261,61 @@ class Batches(Generic[Rows]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _gather(self, start: int, stop: int) -> Batch[Rows]:
-        """Epoch positions start..stop-1, from one window or across several, copied into fresh arrays."""
-        samples = np.empty(stop - start, np.int64)
+    def _next(self) -> tuple[list[_Piece], tuple[int, int]]:
+        """The pieces of the next minibatch, and the epoch and position after it; no pieces after the last epoch."""
+        if self._kept is None:
+            epoch, start, stop = self._step()
+            return self._collect(epoch, start, stop)[0], (epoch, stop)
+        epoch, position = self._place
+        while self._epochs is None or epoch < self._epochs:
+            pieces, after = self._collect(epoch, position, self._order.samples)
+            count = sum(piece.stop - piece.start for piece in pieces)
+            if count == self._batch_size or (count and not self._drop):
+                return pieces, (epoch, after)
+            if position == 0:
+                raise InputError(_too_few(count, self._order.samples, self._batch_size))
+            epoch, position = epoch + 1, 0
+        return [], (epoch, position)
+
+    def _step(self) -> tuple[int, int, int]:
+        """Epoch and positions [start, stop) of the next minibatch where nothing is filtered; none after the end."""
+        epoch, position = self._place
+        left = self._order.samples - position
+        if left <= 0 or (self._drop and left < self._batch_size):
+            epoch, position, left = epoch + 1, 0, self._order.samples
+        if self._epochs is not None and epoch >= self._epochs:
+            return epoch, position, position
+        return epoch, position, position + min(self._batch_size, left)
+
+    def _collect(self, epoch: int, position: int, stop: int) -> tuple[list[_Piece], int]:
+        """At most a minibatch of kept samples from a position on, and the position after the last of them."""
+        pieces, wanted = list[_Piece](), self._batch_size
+        while wanted and position < stop:
+            window = self._windows.at(epoch, position, ahead=not pieces)  # never three windows at once
+            first = window.index_at(position)
+            last = min(first + wanted, window.index_at(min(stop, window.last)))
+            if first < last:
+                pieces.append(_Piece(window, first, last))
+            wanted -= last - first
+            position = window.last if wanted else window.position_after(last - 1)
+        return pieces, position
+
+    def _gather(self, pieces: list[_Piece]) -> Batch[Rows]:
+        """The samples of some pieces, copied into fresh arrays."""
+        samples = np.empty(sum(piece.stop - piece.start for piece in pieces), np.int64)
+        dtypes = [np.float32 if self._normalize else each.site.dtype for each in self._selections]
         rows = [
-            np.empty((stop - start, len(each.layers), each.site.width), each.site.dtype) for each in self._selections
+            np.empty((len(samples), len(each.layers), each.site.width), dtype)
+            for each, dtype in zip(self._selections, dtypes, strict=True)
         ]
-        position = start
-        while position < stop:
-            first, last = self._order.window_at(self._epoch, position)
-            window, end = self._window(first, last), min(stop, last)
-            part, filled = slice(position - first, end - first), slice(position - start, end - start)
-            samples[filled] = window.samples[part]
-            for target, pools in zip(rows, window.pools, strict=True):
-                for layer, pool in enumerate(pools):
-                    out = as_integers(target[filled, layer])
-                    if len(pools) == 1:
-                        np.take(pool, window.places[part], axis=0, out=out, mode="clip")
-                    else:  # NumPy cannot take into a part of each row
-                        out[...] = pool[window.places[part]]
-            position = end
+        filled = 0
+        for window, start, stop in pieces:
+            part, span = slice(start, stop), slice(filled, filled + stop - start)
+            samples[span] = window.samples[part]
+            for selection, target, pools in zip(self._selections, rows, window.pools, strict=True):
+                for number, pool in enumerate(pools):
+                    self._take(selection, number, pool, window.places[part], target[span, number])
+            filled = span.stop
         if not self._stacked:
             return Batch(cast(Rows, rows[0][:, 0]), samples)
         by_site = {
@@ -221,73 +324,52 @@ class Batches(Generic[Rows]):
         }
         return Batch(cast(Rows, by_site), samples)
 
-    def _window(self, first: int, last: int) -> "_Window":
-        """The window [first, last) of this epoch; the next one is read meanwhile."""
-        self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="actstore-batches")
-        wanted = [key for key in [(self._epoch, first), self._after(last)] if key is not None]
-        self._ready = {key: window for key, window in self._ready.items() if key in wanted}
-        for key in wanted:
-            if key not in self._ready:
-                self._ready[key] = self._reader.submit(self._load, *key)
-        try:
-            return self._ready[(self._epoch, first)].result()
-        except BaseException:
-            self._ready.pop((self._epoch, first), None)
-            raise
-
-    def _after(self, last: int) -> tuple[int, int] | None:
-        """Epoch and first position of the window after the one that ends at `last`; None after the last epoch."""
-        if last < self._order.samples:
-            return self._epoch, last
-        more = self._epochs is None or self._epoch + 1 < self._epochs
-        return (self._epoch + 1, 0) if more else None
-
-    def _load(self, epoch: int, first: int) -> "_Window":
-        """Reads one window into buffers, and says where each of its samples lies."""
-        _, last = self._order.window_at(epoch, first)
-        samples = self._order.rows(epoch, first, last)
-        if isinstance(self._order, ExactOrder):
-            stored, places = np.unique(samples, return_inverse=True)
-            return _Window(tuple(reader.rows(stored) for reader in self._readers), places, samples)
-        size = self._order.chunk_samples
-        chunks, member = np.unique(samples // size, return_inverse=True)
-        return _Window(
-            tuple(reader.chunks(chunks) for reader in self._readers), member * size + samples % size, samples
-        )  # fmt: skip
+    def _take(
+        self,
+        selection: Selection,
+        number: int,
+        pool: UInt[np.ndarray, "row width"],
+        places: Int64[np.ndarray, " n"],
+        out: Shaped[np.ndarray, "n width"],
+    ) -> None:
+        """Copies chosen rows of one layer, normalised where that is wanted."""
+        site, layer = selection.site, selection.layers[number]
+        if self._normalize is not None:
+            wide = to_float32(pool[places].view(site.dtype))
+            scale = self.scales[_place(site, layer)] if by_statistics(self._normalize) else 1.0
+            normalize_rows(self._normalize, wide, scale)
+            out[...] = wide
+        elif len(selection.layers) == 1:
+            np.take(pool, places, axis=0, out=as_integers(out), mode="clip")
+        else:  # NumPy cannot take into a part of each row
+            as_integers(out)[...] = pool[places]
 
 
-class _Reader:
-    """Reads rows of some layers of one site into fresh buffers: by mapping local files, else through TensorStore."""
+def _part(pieces: list[_Piece], number: int, parts: int) -> list[_Piece]:
+    """The share of one of `parts` processes in a minibatch."""
+    count = sum(piece.stop - piece.start for piece in pieces)
+    first, last = (count * edge // parts for edge in (number, number + 1))
+    found, before = [], 0
+    for window, start, stop in pieces:
+        cut = _Piece(window, start + max(first - before, 0), min(stop, start + last - before))
+        if cut.start < cut.stop:
+            found.append(cut)
+        before += stop - start
+    return found
 
-    def __init__(self, root: Root, plan: Plan, selection: Selection, *, check: bool) -> None:
-        self._site, self._layers = selection.site, selection.layers
-        only = (selection.site.name, selection.layers[0]) if len(selection.layers) == 1 else None
-        vouchers = Vouchers(root, plan, only=only) if check else None
-        self._source = Source.open(root, plan, selection.site.name, vouchers=vouchers)
-        mapped = can_map(root, self._source)
-        self._mapped = [MappedRows(root, self._source, self._site, layer) for layer in self._layers if mapped]
 
-    def rows(self, samples: Int64[np.ndarray, " row"]) -> tuple[UInt[np.ndarray, "rows width"], ...]:
-        """Some samples, ascending, of every layer."""
-        pools = [as_integers(np.empty((len(samples), self._site.width), self._site.dtype)) for _ in self._layers]
-        for number, pool in enumerate(pools):
-            if self._mapped:
-                self._mapped[number].take(samples, pool)
-            else:
-                gather(self._source, [self._layers[number]], samples, pool.view(self._site.dtype)[None])
-        return tuple(pools)
+def _place(site: Site, layer: int) -> Place:
+    """Name of a site and label of a layer, by its index."""
+    return site.name, None if site.layers is None else site.layers[layer]
 
-    def chunks(self, chunks: Int64[np.ndarray, " chunk"]) -> tuple[UInt[np.ndarray, "rows width"], ...]:
-        """Whole chunks, ascending, of every layer; only the store's last chunk can be short."""
-        size = self._source.layout.chunk_samples
-        stored = (chunks[:, None] * size + np.arange(size)).reshape(-1)
-        stored = stored[: np.searchsorted(stored, self._source.layout.samples)]
-        if not self._mapped:
-            return self.rows(stored)
-        pools = [as_integers(np.empty((len(stored), self._site.width), self._site.dtype)) for _ in self._layers]
-        for mapped, pool in zip(self._mapped, pools, strict=True):
-            mapped.copy(chunks, pool)
-        return tuple(pools)
+
+def _too_few(kept: int, samples: int, batch_size: int) -> str:
+    if not kept:
+        return f"the filter keeps none of {samples:,} samples; use one that keeps some"
+    return (
+        f"the filter keeps {kept:,} of {samples:,} samples, batch_size is {batch_size:,}: no batch would ever be full; "
+        "use a smaller batch_size, drop_remainder=False, or a filter that keeps more"
+    )
 
 
 def _check(
@@ -301,8 +383,6 @@ def _check(
     drop_remainder: bool,
 ) -> None:
     """Refuses settings that cannot give a batch."""
-    for value, what in [(batch_size, "batch_size"), (window_bytes, "window_bytes"), (epochs or 1, "epochs")]:
-        whole_number(value, what)
     if batch_size < 1 or window_bytes < 1:
         raise InputError(f"batch_size {batch_size} and window_bytes {window_bytes} must be positive")
     if seed < 0:
@@ -322,6 +402,13 @@ def _check(
             f"batch_size {batch_size} cannot be divided into {parts} equal parts; use a multiple of {parts}, such as "
             f"{-(-batch_size // parts) * parts}"
         )
+
+
+def _pair(part: object) -> tuple[int, int]:
+    if not isinstance(part, Sequence) or len(part) != 2:
+        raise InputError(f"part is {part!r}; expected (number, parts) with 0 <= number < parts, such as (0, 4)")
+    number, parts = (whole_number(value, "part") for value in part)
+    return number, parts
 
 
 def _window_chunks(layout: Layout, window_bytes: int, sample_bytes: int) -> int:

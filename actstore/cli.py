@@ -8,12 +8,15 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
 
 import actstore
+from actstore.batches import WINDOW_BYTES, Order
+from actstore.bench import BATCH_SIZE, measure, verdict
+from actstore.bench import Report as Measured
 from actstore.errors import ActstoreError, CorruptStoreError, InputError
 from actstore.garbage import find_garbage, remove_garbage
 from actstore.kvstore import Root
@@ -162,6 +165,32 @@ def gc(
         typer.echo(f"  {key}")
 
 
+@app.command(epilog="Example: actstore bench run.acts.zarr --layer 12 --order exact")
+def bench(
+    store: StoreArgument,
+    site: Annotated[str, typer.Option(help="which site")] = "resid_post",
+    layer: Annotated[int | None, typer.Option(help="label of the layer; needed where the site has several")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"rows of a batch; {BATCH_SIZE:,} unless given, fewer in a small store")
+    ] = None,
+    order: Annotated[str, typer.Option(help="block or exact")] = "block",
+    window_bytes: Annotated[
+        int | None, typer.Option(help=f"memory for rows that were read; {WINDOW_BYTES:,} unless given")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="of each measurement")] = 5.0,
+    seed: Annotated[int, typer.Option(help="of the order")] = 0,
+    no_check: Annotated[bool, typer.Option("--no-check", help="do not compare chunks with their markers")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure reading shuffled batches: speed, read amplification, shuffle quality, memory, and what limits them."""
+    opened = actstore.open(store)
+    with Work("bench", unit="measurements") as work:
+        found = measure(opened, site=site, layer=layer, batch_size=batch_size, order=cast(Order, order),
+                        window_bytes=WINDOW_BYTES if window_bytes is None else window_bytes, seconds=seconds,
+                        seed=seed, check=not no_check, progress=work.update)  # fmt: skip
+    typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else "\n".join(measured_lines(found)))
+
+
 def describe(store: actstore.Store) -> dict[str, Any]:
     """The facts of `actstore info` by name. Costs one listing."""
     layout, plan = store.plan.layout, store.plan
@@ -201,6 +230,44 @@ def row_lines(store: actstore.Store, rows: np.ndarray, *, window: int) -> list[d
             line |= {"before": text.before, "token": text.token, "after": text.after}
         lines.append(line)
     return lines
+
+
+def measured_lines(found: Measured) -> list[str]:
+    """A measurement for a person: a line for each kind of figure, with what it is compared with."""
+    speed, mixed, memory = found.speed, found.shuffle, found.memory
+    layer = "" if found.layer is None else f", layer {found.layer}"
+    whole = ", the whole layer" if found.window_samples >= found.samples else ""
+    disks = found.reading.disk_amplification
+    cold = "" if disks is None else f"; {disks:.2f} came from disks"
+    plain = "" if speed.plain_bytes_per_second is None else (
+        f"; plain read() of the shards {_rate(speed.plain_bytes_per_second)}"
+        + ("" if speed.plain_disk_share is None else f", {speed.plain_disk_share:.0%} from disks")
+    )  # fmt: skip
+    grown = "not said by this system" if memory.own_bytes is None else (
+        f"{human_bytes(memory.own_bytes)} grown, with mapped files {human_bytes(memory.peak_bytes or 0)}"
+    )  # fmt: skip
+    lines = {
+        "store": f"{found.store}, {found.site}{layer}: {found.samples:,} rows, {human_bytes(found.layer_bytes)}",
+        "order": f"{found.order}, batches of {found.batch_size:,} rows, windows of {found.window_samples:,}{whole}"
+        + ("" if found.check else ", not compared with markers"),
+        "speed": f"{_rate(speed.bytes_per_second)}, {speed.rows_per_second:,.0f} rows/s",
+        "compare": f"random rows out of memory {_rate(speed.take_bytes_per_second)}{plain}",
+        "batches": f"{1e3 * speed.batch_seconds_median:.2f} ms (median), slowest "
+        f"{1e3 * speed.batch_seconds_slowest:.1f} ms, the first after {speed.first_batch_seconds:.2f} s",
+        "reading": f"{found.reading.amplification:.2f} bytes read for one handed out, in {found.reading.unit}{cold}",
+        "shuffle": f"{mixed.units_per_batch:.1f} {mixed.unit} in a batch, ideal {mixed.units_per_batch_ideal:.1f}; "
+        f"neighbours alike {mixed.neighbours:.3%}, ideal {mixed.neighbours_ideal:.3%}; "
+        f"lag correlation {mixed.lag_correlation:.4f}, ideal 0 +- {mixed.lag_correlation_error:.4f}",
+        "memory": f"{grown}; promised {human_bytes(memory.promised_bytes)}",
+        "limit": verdict(found),
+    }
+    noted = [f"note: {note}" for note in found.notes]
+    return [*(f"{name:<9} {printable(text, most=2000)}" for name, text in lines.items()), *noted]
+
+
+def _rate(bytes_per_second: float) -> str:
+    """A rate in decimal units."""
+    return f"{human_bytes(round(bytes_per_second))}/s"
 
 
 def _by_layer(site: actstore.Site, norms: np.ndarray) -> dict[str, float]:

@@ -16,7 +16,7 @@ import tensorstore as ts
 from jaxtyping import Int64, Shaped
 
 from actstore.errors import CorruptStoreError
-from actstore.kvstore import TIMEOUT_SECONDS, Root, storage_errors
+from actstore.kvstore import TIMEOUT_SECONDS, Root, refuse_fork, storage_errors
 from actstore.layout import Layout
 from actstore.ledger import checksum
 from actstore.metadata import array_metadata
@@ -131,6 +131,7 @@ def gather(
         CorruptStoreError: a shard is missing, damaged, swapped or stale; names site, layer and block.
         StorageError: the storage failed.
     """
+    refuse_fork()
     same = out.dtype == source.array.dtype.numpy_dtype and isinstance(width, slice) and width == slice(None)
     pending: deque[_Read] = deque()
     spare: list[Shaped[np.ndarray, "sample *stored"]] = []  # buffers used before: new memory costs as much as reading
@@ -152,7 +153,7 @@ def gather(
 
 def _order(source: Source, layers: int, samples: Samples) -> Iterator[tuple[int, _Stretch]]:
     """What to read in which order: block by block, so that each marker is read once; then layer by layer."""
-    for _, first, last in _tiles(samples, source.layout.block_samples):
+    for _, first, last in tiles(samples, source.layout.block_samples):
         stretches = list(_stretches(source, samples[first:last], first))
         yield from ((place, stretch) for place in range(layers) for stretch in stretches)
 
@@ -161,7 +162,7 @@ def _stretches(source: Source, samples: Samples, offset: int) -> Iterator[_Stret
     """The chunks of one block that hold `samples`; neighbours that are wanted whole are joined."""
     size, most = source.chunk_samples, STRETCH_BYTES // source.sample_bytes
     held: _Stretch | None = None
-    for number, first, last in _tiles(samples, size):
+    for number, first, last in tiles(samples, size):
         start, stop = number * size, min((number + 1) * size, source.layout.samples)
         found = _Stretch(start, stop, offset + first, offset + last, _is_run(samples[first:last], stop - start))
         if held and held.whole and found.whole and held.stop == start and stop - held.start <= most:
@@ -174,7 +175,7 @@ def _stretches(source: Source, samples: Samples, offset: int) -> Iterator[_Stret
         yield held
 
 
-def _tiles(samples: Samples, size: int) -> Iterator[tuple[int, int, int]]:
+def tiles(samples: Samples, size: int) -> Iterator[tuple[int, int, int]]:
     """Number of each tile of `size` samples that is wanted, and the places of its samples, [first, last)."""
     first = 0
     while first < len(samples):
@@ -192,7 +193,7 @@ def _is_run(samples: Samples, count: int) -> bool:
 
 
 def _buffer(
-    source: Source, samples: int, spare: list[Shaped[np.ndarray, "sample *stored"]]
+    source: Source, samples: int, spare: list[Shaped[np.ndarray, "_ *stored"]]
 ) -> Shaped[np.ndarray, "sample *stored"]:
     """Memory for a stretch: a spare buffer of its size, or a new one."""
     fitting = next((place for place, buffer in enumerate(spare) if len(buffer) == samples), None)

@@ -177,6 +177,7 @@ class Root:
             "store_data_equal_to_fill_value": True,
             "fill_missing_data_reads": False,
         }
+        refuse_fork()
         with storage_errors(f"open array {name} of {self.url}"):
             return ts.open(spec, open=True, assume_metadata=True, context=self.context).result(timeout=TIMEOUT_SECONDS)
 
@@ -229,9 +230,40 @@ class Root:
         return {"driver": "file", "path": f"{self.path}/"}
 
     def _call(self, doing: str, start: Callable[[Any], Any]) -> Any:
+        refuse_fork()
         with storage_errors(f"{doing} of {self.url}"):
             kv = ts.KvStore.open(self._spec(), context=self.context).result(timeout=TIMEOUT_SECONDS)
             return start(kv).result(timeout=TIMEOUT_SECONDS)
+
+
+class _Threads:
+    """Where TensorStore's threads are: in the process that used it first."""
+
+    process: int | None = None
+
+
+def forked() -> bool:
+    """Whether this process was forked from one that had used TensorStore, whose threads do not survive that."""
+    if _Threads.process is None:
+        _Threads.process = os.getpid()
+    return _Threads.process != os.getpid()
+
+
+def refuse_fork() -> None:
+    """Refuses to go on in a process where TensorStore would end the program, or a loader wait for ever.
+
+    Costs two questions for the process id: ask once for what is read together, not for each read.
+
+    Raises:
+        InputError: the process was forked from one that had used a store.
+    """
+    if forked():
+        raise InputError(
+            f"this process ({os.getpid()}) was forked from one that had used a store ({_Threads.process}): the threads "
+            "that read are not in it; expected a process that was spawned, or forked before any store was opened. Use "
+            "multiprocessing.get_context('spawn') or 'forkserver' (in torch's DataLoader multiprocessing_context="
+            "'spawn'), and open the store in the child"
+        )
 
 
 @contextmanager

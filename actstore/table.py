@@ -5,7 +5,8 @@ when few of its tokens are stored as rows, so that every row can be shown in its
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ MAX_READ_BYTES = 64 << 20  # of texts or tokens at once; as Python's strings the
 TOKEN_BYTES = 12  # id, start and end
 IDS_AT_ONCE = 10_000
 EDGES = 1 << 19  # offsets or numbers that are read together: one chunk
+GAP_BYTES = 256  # between two texts that are read together: less than what another read costs
 EDGE_BLOCKS = 32  # kept: 128 MiB, of 16 million documents
 TAKEN = frozenset({"id", "text", "token_id", "token_start", "token_end", "token_offsets"})
 
@@ -223,7 +225,7 @@ class StoredDocuments:
         return self._parts[0].columns
 
     def strings(self, column: str, documents: Int[np.ndarray, " n"]) -> list[str]:
-        """Values of a text column of some documents. Costs one range read per document.
+        """Values of a text column of some documents. Costs one range read per document, or per run of neighbours.
 
         Raises:
             UnknownNameError: no such text column.
@@ -299,9 +301,14 @@ class _Part:
         data = self._open(f"{column}_bytes")
         try:
             with storage_errors(f"read documents of {self._root.url}"):
-                reads = [data.view(span).read() for span in spans]
-                raw = [bytes(np.asarray(future.result())) for future in reads]
-            return [value.decode() for value in raw]
+                reads = [(span, data.view(span).read()) for span in _joined(spans)]
+                pieces = {span.start: bytes(np.asarray(future.result())) for span, future in reads}
+            starts = sorted(pieces)
+            held = [starts[bisect_right(starts, span.start) - 1] for span in spans]
+            return [
+                pieces[start][span.start - start : span.stop - start].decode()
+                for start, span in zip(held, spans, strict=True)
+            ]
         except UnicodeDecodeError:
             raise CorruptStoreError(
                 f"{self._group}/{column}_bytes of {self._root.url} is not UTF-8; run `actstore verify`"
@@ -373,6 +380,17 @@ class _Part:
 
     def _open(self, name: str) -> Objects:
         return Objects.of(self._root.open_array(f"{self._group}/{name}", self._metadata[name]))
+
+
+def _joined(spans: Iterable[slice]) -> list[slice]:
+    """Stretches that hold all of some spans, ascending: near neighbours are read together."""
+    joined: list[slice] = []
+    for span in sorted(spans, key=lambda span: (span.start, span.stop)):
+        if joined and span.start <= joined[-1].stop + GAP_BYTES:
+            joined[-1] = slice(joined[-1].start, max(joined[-1].stop, span.stop))
+        else:
+            joined.append(span)
+    return joined
 
 
 def _check_name(column: str, kind: str, known: Mapping[str, object]) -> None:

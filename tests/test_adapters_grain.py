@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import learnable
 import numpy as np
 import optax
+import orbax.checkpoint as orbax
 import pytest
 
 import actstore
@@ -74,6 +75,24 @@ def test_a_state_may_be_set_while_under_way(url):
     iterator.set_state(start)
     assert_same([next(iterator) for _ in range(3)], first)
     iterator.close()
+
+
+def test_orbax_keeps_an_iterator_with_a_checkpoint(url, tmp_path):
+    """Through grain's own handler for orbax, with a filter and normalised rows."""
+    settings = SETTINGS | {"where": actstore.Filter(drop={"token_id": 3}), "normalize": "norm_factor"}
+    iterator = iter(adapter.BatchDataset(url, **settings))
+    next(iterator)
+    with orbax.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=orbax.args.Composite(batches=grain.checkpoint.CheckpointSave(iterator)))
+        manager.wait_until_finished()
+        expected = [next(iterator) for _ in range(3)]
+        again = iter(adapter.BatchDataset(url, **settings))
+        manager.restore(1, args=orbax.args.Composite(batches=grain.checkpoint.CheckpointRestore(again)))
+    for rows in expected:
+        assert rows.dtype == np.float32
+        np.testing.assert_array_equal(next(again), rows)
+    iterator.close()
+    again.close()
 
 
 def test_a_closed_iterator_says_so(url):

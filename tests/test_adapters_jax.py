@@ -9,6 +9,7 @@ from pathlib import Path
 import global_arrays
 import learnable
 import numpy as np
+import orbax.checkpoint as orbax
 import pytest
 
 import actstore
@@ -17,6 +18,28 @@ import actstore
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     return learnable.write(tmp_path_factory.mktemp("jax") / "run.acts.zarr")
+
+
+def test_orbax_keeps_the_state_with_the_weights(url, tmp_path):
+    """`state()` is JSON: another program's checkpoint of weights and state goes on at the very next minibatch."""
+    settings = {"layer": 3, "batch_size": 256, "seed": 5, "window_bytes": 64 << 10}
+    items = ("weights", "batches")
+    weights = {"encoder": np.arange(6, dtype=np.float32)}
+    with actstore.open(url).batches(**settings) as batches:
+        next(batches)
+        with orbax.CheckpointManager(tmp_path, item_names=items) as manager:
+            saved = orbax.args.Composite(
+                weights=orbax.args.StandardSave(weights), batches=orbax.args.JsonSave(batches.state())
+            )
+            manager.save(1, args=saved)
+        expected = next(batches)
+    with orbax.CheckpointManager(tmp_path, item_names=items) as manager:
+        wanted = orbax.args.Composite(weights=orbax.args.StandardRestore(weights), batches=orbax.args.JsonRestore())
+        found = manager.restore(1, args=wanted)
+    np.testing.assert_array_equal(found["weights"]["encoder"], weights["encoder"])
+    with actstore.open(url).batches(**settings) as batches:
+        batches.restore(found["batches"])
+        np.testing.assert_array_equal(next(batches).view(np.uint16), expected.view(np.uint16))
 
 
 def free_port():

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kill_points import unchecked
 from stores import LAYOUT, make_contents
 
 import actstore
 from actstore.errors import CorruptStoreError, InputError, UnfinishedStoreError, UnknownNameError
 from actstore.shuffle import BlockOrder
 
-CHUNK_BYTES = 6 * 2 * 4  # of resid_post
+CHUNK_BYTES = 2 * 6 * 2 * 4  # of resid_post, in both halves of a window
 WINDOWS = {"one chunk": 1, "three chunks": 3 * CHUNK_BYTES, "the whole store": 1 << 20}
 PLACES = [("resid_post", 5), ("mlp_out", 11), ("attn_out", None), ("final_norm", None)]
 
@@ -207,7 +208,8 @@ def test_the_state_of_another_loader_is_refused(loader, changes):
         other.restore(state)
     assert str(caught.value) == (
         f"the state belongs to the loader {state['loader']}, this one is {other.state()['loader']}: another store, "
-        "site, layer, seed, order, window or batch size; make the loader with the settings it had"
+        "site, layer, seed, order, window, batch size, filter or normalisation; make the loader with the settings it "
+        "had"
     )  # fmt: skip
     assert other.state()["position"] == 0
 
@@ -234,13 +236,14 @@ BAD_STATES = {
     "text": {"version": 1, "epoch": "0", "position": 0, "loader": "x"},
     "negative": {"version": 1, "epoch": 0, "position": -1, "loader": "x"},
     "fraction": {"version": 1, "epoch": 0, "position": 0.5, "loader": "x"},
+    "its text": '{"version": 1, "epoch": 0, "position": 0, "loader": "x"}',
     "null": {"version": 1, "epoch": None, "position": 0, "loader": "x"},
 }
 
 
 @pytest.mark.parametrize("state", BAD_STATES.values(), ids=BAD_STATES.keys())
 def test_what_is_not_a_state_is_refused(loader, state):
-    with pytest.raises(InputError, match=r"not a state of batches: .*; expected what state\(\) returned"):
+    with unchecked(), pytest.raises(InputError, match=r"not a state of batches: .*; expected what state\(\) returned"):
         loader().restore(state)
 
 
@@ -248,7 +251,7 @@ def test_what_is_not_a_state_is_refused(loader, state):
 
 
 REFUSED = {
-    "no rows": ({"batch_size": 0}, InputError, "batch_size 0 and window_bytes 268435456 must be positive"),
+    "no rows": ({"batch_size": 0}, InputError, "batch_size 0 and window_bytes 536870912 must be positive"),
     "no window": ({"window_bytes": 0}, InputError, "batch_size 8 and window_bytes 0 must be positive"),
     "no epochs": ({"epochs": 0}, InputError, "epochs is 0; expected a positive number, or None for endless batches"),
     "negative seed": ({"seed": -1}, InputError, "seed is -1; expected a number >= 0"),
@@ -272,6 +275,42 @@ def test_what_cannot_give_a_batch_is_refused(loader, settings, kind, message):
     with pytest.raises(kind) as caught:
         loader(**settings)
     assert str(caught.value).startswith(message)
+
+
+NOT_SETTINGS = {
+    "half a seed": ({"seed": 1.5}, "seed is 1.5; expected a whole number"),
+    "no seed": ({"seed": None}, "seed is None; expected a whole number"),
+    "text": ({"batch_size": "8"}, "batch_size is '8'; expected a whole number"),
+    "half a part": ({"part": (0.5, 2)}, "part is 0.5; expected a whole number"),
+    "a part alone": ({"part": 1}, "part is 1; expected (number, parts) with 0 <= number < parts, such as (0, 4)"),
+    "three": ({"part": (0, 1, 2)}, "part is (0, 1, 2); expected (number, parts) with 0 <= number < parts"),
+    "one layer": ({"layer": None, "layers": 5}, "layers is 5; expected several, such as [5]"),
+    "one site": ({"layer": None, "sites": "mlp_out"}, "sites is 'mlp_out'; expected several, such as ['mlp_out']"),
+    "layers without any": (
+        {"layer": None, "layers": {"final_norm": [3]}}, "site 'final_norm' has no layers, asked for [3]; give None",
+    ),
+    "both": (
+        {"layer": None, "sites": ["mlp_out"], "layers": {"mlp_out": [2]}},
+        "sites ['mlp_out'] and layers by site were given; give the layers by site alone",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "message"), NOT_SETTINGS.values(), ids=NOT_SETTINGS.keys())
+def test_what_is_no_setting_is_refused(loader, settings, message):
+    with unchecked(), pytest.raises(InputError) as caught:
+        loader(**settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_numbers_of_numpy_are_numbers(loader):
+    """Their state is JSON too, and that of a loader with Python's."""
+    given = {"batch_size": 8, "seed": 1, "window_bytes": 100, "epochs": 2, "part": (0, 2)}
+    theirs = {name: np.int64(value) if name != "part" else tuple(map(np.int64, value)) for name, value in given.items()}
+    with unchecked():
+        ours, other = loader(**given), loader(**theirs, drop_remainder=1)
+    ours.next_batch(), other.next_batch()
+    assert json.loads(json.dumps(other.state())) == ours.state()
 
 
 def test_an_unfinished_store_gives_no_batches(unfinished):

@@ -131,7 +131,7 @@ def test_restored_at_every_step_it_goes_on(made: tuple[Contents, Path], order: A
             found = [loader.next_batch().samples.tolist() for _ in batches[step:][:4]]
         assert found == [batch[3:6] for batch in batches[step:][:4]]
     other = store.batches(**(given | {"order": "exact" if order == "block" else "block"}))
-    with pytest.raises(InputError, match="another store, site, layer, seed, order, window or batch size"):
+    with pytest.raises(InputError, match="another store, site, layer, seed, order, window, batch size, filter"):
         other.restore(states[3])
 
 

@@ -29,7 +29,7 @@ def train(
         trainer_configs: as for `trainSAE`.
         steps: as for `trainSAE`.
         norm_factor: what each row is divided by while training; the saved weights fit rows that are not divided.
-            `root_mean_square_norm` of `actstore.adapters.norms` is what `trainSAE` estimates. None: no division.
+            `store.stats(...).root_mean_square` is what `trainSAE` estimates. None: no division.
         arguments: those of `trainSAE`, but `data` and `normalize_activations`.
 
     Raises:

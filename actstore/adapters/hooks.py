@@ -22,8 +22,7 @@ class HookBatch(NamedTuple):
 class Hooks(Iterator[dict[str, Shaped[np.ndarray, "batch _"]]]):
     """An iterator of {hook name: rows [batch, width]}, the same samples at every hook.
 
-    One loader reads the layers of all hooks at every site of them, so layers that no hook names may be read too. Use it
-    from one thread, and `close()` it or use `with`.
+    One loader reads all of them. `close()` it or use `with`.
 
     Example:
         >>> places = {"blocks.1": ("resid_post", 1), "blocks.3": ("resid_post", 3)}  # doctest: +SKIP
@@ -40,12 +39,11 @@ class Hooks(Iterator[dict[str, Shaped[np.ndarray, "batch _"]]]):
 
         Raises:
             UnknownNameError: no such site or layer.
-            InputError: no hook was named, or a site lacks a layer that a hook names at another.
+            InputError: no hook was named, or one without the layer that it needs.
         """
         self.store, self._places = store, dict(places)
-        sites, layers = _wanted(store, self._places)
-        self._layers = layers
-        self._batches = store.batches(sites=sites, layers=layers or None, **settings)
+        self._layers = _wanted(store, self._places)
+        self._batches = store.batches(layers=self._layers, **settings)
 
     def __next__(self) -> dict[str, Shaped[np.ndarray, "batch _"]]:
         return self.next_batch().rows
@@ -60,8 +58,8 @@ class Hooks(Iterator[dict[str, Shaped[np.ndarray, "batch _"]]]):
         batch = self._batches.next_batch()
         rows = {}
         for name, (site, layer) in self._places.items():
-            found = batch.rows[site]
-            rows[name] = found if layer is None else found[:, self._layers.index(layer)]
+            found, labels = batch.rows[site], self._layers[site]
+            rows[name] = found if labels is None or layer is None else found[:, labels.index(layer)]
         return HookBatch(rows, batch.samples)
 
     def next_or_none(self) -> HookBatch | None:
@@ -70,6 +68,12 @@ class Hooks(Iterator[dict[str, Shaped[np.ndarray, "batch _"]]]):
             return self.next_batch()
         except StopIteration:
             return None
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """What the rows of each hook are multiplied by: see `Batches.scales`."""
+        scales = self._batches.scales
+        return {name: scales[place] for name, place in self._places.items() if place in scales}
 
     def state(self) -> dict[str, Any]:
         """Where it stands: JSON of less than 200 bytes."""
@@ -94,20 +98,18 @@ class Hooks(Iterator[dict[str, Shaped[np.ndarray, "batch _"]]]):
         self.close()
 
 
-def _wanted(store: Store, places: Places) -> tuple[list[str], list[int]]:
-    """The sites and layers to read, each once."""
+def _wanted(store: Store, places: Places) -> dict[str, list[int] | None]:
+    """The layers to read of each site, each once; None of a site without layers."""
     if not places:
         raise InputError("no hook was named; expected {hook name: (site, layer)}")
-    sites = list(dict.fromkeys(site for site, _ in places.values()))
-    layers = sorted({layer for _, layer in places.values() if layer is not None})
+    layers: dict[str, list[int] | None] = {}
     for name, (site, layer) in places.items():
         where = store.plan.layout.site(site)
-        if where.layers is not None and layer is None:
+        if where.layers is None:
+            where.layer_index(layer)
+            layers[site] = None
+        elif layer is None:
             raise InputError(f"hook {name!r} names no layer; site {site!r} holds layers {list(where.layers)}")
-        where.layer_index(layer)
-        if where.layers is not None and (lacking := [label for label in layers if label not in where.layers]):
-            raise InputError(
-                f"the hooks name layers {layers}, and site {site!r} lacks {lacking}; one loader reads the same "
-                "layers of every site: name fewer hooks, and train in two runs"
-            )
-    return sites, layers
+        else:
+            layers[site] = sorted({*(layers.get(site) or []), layer})
+    return layers

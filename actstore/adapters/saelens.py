@@ -4,28 +4,36 @@ Minibatches need no adapter of their own: `map(as_tensor, batches)`, and `map(as
 """
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from actstore.adapters.hooks import Hooks
-from actstore.adapters.norms import mean_norm
 from actstore.api import Store
 from actstore.batches import Batches
 from actstore.errors import InputError
+from actstore.filters import Filter
+from actstore.scaling import scale_of
 
 STATE_FILE = "actstore_batches.json"
 
 
-def scaling_factor(store: Store, *, site: str = "resid_post", layer: int | None = None) -> float:
+def scaling_factor(
+    store: Store, *, site: str = "resid_post", layer: int | None = None, where: Filter | None = None
+) -> float:
     """What `normalize_activations="expected_average_only_in"` multiplies by: sqrt(width) / mean norm.
 
     Set it before `fit`, which then does not estimate it from 1,000 minibatches:
-    `trainer.activation_scaler.scaling_factor = scaling_factor(store, layer=3)`. It is that of all rows of the store.
-    A trainer that was loaded from a checkpoint has one already.
+    `trainer.activation_scaler.scaling_factor = scaling_factor(store, layer=3)`. It is that of all rows of the store,
+    or of those that a filter keeps: the one that the loader has. `max_norm` of a filter asks every layer that a loader
+    reads, here the one layer alone. A trainer that was loaded from a checkpoint has a factor already.
+
+    Raises:
+        InputError: all rows are zero.
     """
-    return math.sqrt(store.plan.layout.site(site).width) / mean_norm(store, site=site, layer=layer)
+    statistics = store.stats(site=site, layer=layer, where=where)
+    width = store.plan.layout.site(site).width
+    return scale_of("expected_average_only_in", statistics, width, what=f"{site} of {store.url}")
 
 
 def save_with_checkpoints(batches: Batches[Any] | Hooks) -> Callable[[Path | None], None]:

@@ -116,9 +116,8 @@ class _Share(Iterator[Any]):
         self._skip = worker  # minibatches of others before the next one of its own
 
     def __next__(self) -> Any:
-        while self._skip:
-            next(self._batches)
-            self._skip -= 1
+        self._batches.skip(self._skip)
+        self._skip = 0  # and stays so if reading fails: the next call tries the same minibatch again
         found = next(self._batches)
         rows = as_tensors(found) if isinstance(found, dict) else as_tensor(found)
         self._skip = max(self._workers - 1, 0)

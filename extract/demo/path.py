@@ -130,9 +130,13 @@ def _train(store: actstore.Store, layer: int, steps: int, say: Say) -> TrainedSA
     width = store.sites[0].width
     features = 8 * width if width < 512 else 4096
     say(f"\n3. Train: TopK SAE, {features} features, k 32, on batches of {BATCH} rows of layer {layer}")
-    with store.batches(layer=layer, batch_size=BATCH, seed=0) as batches, Work("train", unit="steps") as work:
+    sinks_out = actstore.Filter(max_norm=SINK_RATIO)
+    with (
+        store.batches(layer=layer, batch_size=BATCH, seed=0, where=sinks_out) as batches,
+        Work("train", unit="steps") as work,
+    ):
         return train_sae(
-            batches, width=width, features=features, k=32, steps=steps, max_norm_ratio=SINK_RATIO,
+            batches, width=width, features=features, k=32, steps=steps,
             progress=lambda label, done, total: work.update(done, total, label),
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from actstore.errors import InputError
 
@@ -113,7 +113,6 @@ def train_sae(
     steps: int,
     learning_rate: float = 2e-3,
     seed: int = 0,
-    max_norm_ratio: float | None = None,
     dead_after_samples: int = 50_000,
     progress: Progress | None = None,
 ) -> TrainedSAE:
@@ -124,16 +123,14 @@ def train_sae(
     seed the result is the same.
 
     Args:
-        batches: Batches of equal shape, in any float type; at least `steps` of them.
+        batches: Batches of equal shape, in any float type; at least `steps` of them. Leave attention sinks out with
+            `actstore.Filter(max_norm=10)`: they dominate the scale and the loss, and features die.
         width: Hidden size of the rows.
         features: Number of directions to learn.
         k: How many of them a row may use.
         steps: Number of updates.
         learning_rate: Adam's, falling to zero over the last fifth of the steps.
         seed: Decides the initial directions.
-        max_norm_ratio: Rows whose norm exceeds this many times the median of their batch get no weight. `None` keeps
-            all. Many models have attention sinks (the first token, some separators) of 100 times the median norm: they
-            dominate the scale and the loss, and features die. 10 drops them and nothing else.
         dead_after_samples: A feature counts as dead when it has not fired on this many rows in a row.
         progress: Called as `progress(label, done, total)` after each step.
 
@@ -144,20 +141,19 @@ def train_sae(
     Raises:
         InputError: A size is impossible, a batch has another width, the batches end early, or rows are not finite.
     """
-    _check_sizes(features=features, k=k, steps=steps, max_norm_ratio=max_norm_ratio)
-    ratio = float("inf") if max_norm_ratio is None else max_norm_ratio
+    _check_sizes(features=features, k=k, steps=steps)
     checked = _of_width(batches, width)
     calibration = list(itertools.islice(checked, min(_CALIBRATION_BATCHES, steps)))
     if not calibration:
         raise InputError(_ended(0, steps))
-    scale, mean = _scale_and_mean(calibration, ratio)
+    scale, mean = _scale_and_mean(calibration)
     sae = TopKSAE(width, features=features, k=k, rngs=nnx.Rngs(seed))
     sae.pre_bias[...] = jnp.asarray(mean / scale)
     optimizer = nnx.Optimizer(sae, _adam(learning_rate, steps), wrt=nnx.Param)
     idle = jnp.zeros(features, jnp.int32)
     history: list[Metrics] = []
     for done, rows in enumerate(itertools.islice(itertools.chain(calibration, checked), steps), start=1):
-        idle, measured = _step(sae, optimizer, idle, jnp.asarray(rows), jnp.asarray(scale), jnp.asarray(ratio))
+        idle, measured = _step(sae, optimizer, idle, jnp.asarray(rows), jnp.asarray(scale))
         loss, fvu, l0 = (float(value) for value in measured)
         if not np.isfinite(loss):
             raise InputError(_not_finite(f"Step {done}"))
@@ -181,26 +177,22 @@ def _step(
     idle: Int[Array, "feature"],
     rows: Float[Array, "batch hidden"],
     scale: Float[Array, ""],
-    ratio: Float[Array, ""],
 ) -> tuple[Int[Array, "feature"], Float[Array, "metric"]]:
     """Learns from one batch; gives the rows since each feature fired, and (loss, fvu, l0) before learning."""
     rows = rows.astype(jnp.float32) / scale
-    kept = _kept_rows(jnp.linalg.norm(rows, axis=-1), ratio)
-    weight = kept / kept.sum()  # a weight of zero keeps shapes static where dropping rows would not
 
     def loss_of(sae: TopKSAE) -> tuple[Float[Array, ""], tuple[Float[Array, "batch k"], Int[Array, "batch k"]]]:
         values, indices = sae.encode(rows)
-        error = jnp.square(sae.decode(values, indices) - rows).mean(axis=-1)
-        return weight @ error, (values, indices)
+        return jnp.square(sae.decode(values, indices) - rows).mean(), (values, indices)
 
     (loss, (values, indices)), gradients = nnx.value_and_grad(loss_of, has_aux=True)(sae)
     optimizer.update(sae, gradients)
     sae.decoder[...] = _unit_rows(sae.decoder[...])
-    variance = weight @ jnp.square(rows - weight @ rows).mean(axis=-1)
-    fires = (values > 0) & kept[:, None]
+    variance = jnp.square(rows - rows.mean(axis=0)).mean()
+    fires = values > 0
     fired = jnp.zeros(idle.shape, bool).at[indices].max(fires)
-    idle = jnp.where(fired, 0, idle + kept.sum())
-    return idle, jnp.stack([loss, loss / variance, weight @ (values > 0).sum(axis=-1)])
+    idle = jnp.where(fired, 0, idle + len(rows))
+    return idle, jnp.stack([loss, loss / variance, fires.sum(axis=-1).mean()])
 
 
 @nnx.jit
@@ -215,19 +207,13 @@ def _unit_rows(weight: Float[Array, "feature hidden"]) -> Float[Array, "feature 
     return scaled
 
 
-def _kept_rows(norms: Float[Array, "batch"], ratio: float | Float[Array, ""]) -> Bool[Array, "batch"]:
-    too_long: Bool[Array, "batch"] = norms > ratio * jnp.median(norms)
-    return ~too_long  # rows of NaN stay, to be found by the check of the loss
-
-
-def _scale_and_mean(batches: list[Rows], ratio: float) -> tuple[float, Float[np.ndarray, "hidden"]]:
+def _scale_and_mean(batches: list[Rows]) -> tuple[float, Float[np.ndarray, "hidden"]]:
     """Measures the root mean square of all elements, which is the scale, and the mean row."""
-    rows = [np.asarray(batch, np.float32) for batch in batches]
-    kept = np.concatenate([batch[_kept_rows(jnp.linalg.norm(batch, axis=-1), ratio)] for batch in rows])
-    scale = float(np.sqrt(np.mean(np.square(kept))))
+    rows = np.concatenate([np.asarray(batch, np.float32) for batch in batches])
+    scale = float(np.sqrt(np.mean(np.square(rows))))
     if not np.isfinite(scale) or scale == 0:
         raise InputError(_not_finite("The first batches"))
-    return scale, kept.mean(axis=0)
+    return scale, rows.mean(axis=0)
 
 
 def _of_width(batches: Iterator[Rows], width: int) -> Iterator[Rows]:
@@ -239,16 +225,11 @@ def _of_width(batches: Iterator[Rows], width: int) -> Iterator[Rows]:
         yield rows
 
 
-def _check_sizes(*, features: int, k: int, steps: int, max_norm_ratio: float | None) -> None:
+def _check_sizes(*, features: int, k: int, steps: int) -> None:
     if not 1 <= k <= features:
         raise InputError(f"k is {k} with {features} features; expected 1 to {features}. Lower k or add features.")
     if steps < 1:
         raise InputError(f"steps is {steps}; expected at least 1. Ask for one step or more.")
-    if max_norm_ratio is not None and not max_norm_ratio > 1:
-        raise InputError(
-            f"max_norm_ratio is {max_norm_ratio}; expected more than 1, for it counts in medians. "
-            "Use 10 to drop attention sinks, or None to keep all rows."
-        )
 
 
 def _ended(found: int, steps: int) -> str:

@@ -10,7 +10,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks import extraction, scale, storage, writing
+from tests.benchmarks import extraction, growth, loading, scale, writing
 
 
 def main() -> None:
@@ -28,8 +28,9 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory(prefix="actstore-bench-", dir=options.folder) as name:
         figures |= writing.measure(Path(name), repeats=options.repeats)
-        figures |= storage.measure(Path(name), repeats=options.repeats)
+        figures |= loading.measure(Path(name), repeats=options.repeats)
         figures |= scale.measure(Path(name), repeats=options.repeats)
+        figures |= growth.measure(Path(name), repeats=options.repeats)
         figures |= extraction.measure(Path(name), model=options.model, repeats=options.repeats)
     print(json.dumps(figures))
 

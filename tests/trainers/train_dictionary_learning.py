@@ -8,7 +8,6 @@ from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 from dictionary_learning.training import get_norm_factor
 
 from actstore.adapters.dictionary_learning import train
-from actstore.adapters.norms import root_mean_square_norm
 from actstore.adapters.torch import as_tensor
 from tests.trainers.steps import (
     ACTIVE,
@@ -63,7 +62,7 @@ def unexplained(store, autoencoder: AutoEncoderTopK) -> float:
 
 def main(folder: Path) -> None:
     store = make_store(folder)
-    ours = root_mean_square_norm(store, layer=3)
+    ours = store.stats(layer=3).root_mean_square
     with store.batches(layer=3, epochs=1, **SETTINGS) as batches:
         theirs = get_norm_factor((as_tensor(rows, dtype=torch.float32) for rows in batches), store.samples // BATCH)
     assert abs(theirs / ours - 1) < 1e-4, (theirs, ours)

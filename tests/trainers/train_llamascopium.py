@@ -11,7 +11,6 @@ from llamascopium.trainer import Trainer, TrainerConfig
 
 from actstore.adapters.hooks import Hooks
 from actstore.adapters.llamascopium import Stream
-from actstore.adapters.norms import mean_norm
 from tests.trainers.steps import (
     ACTIVE,
     BATCH,
@@ -47,7 +46,7 @@ def make_sae(store) -> SparseAutoEncoder:
         )
     )  # fmt: skip
     Initializer(InitializerConfig()).initialize_parameters(sae)
-    sae.set_dataset_average_activation_norm({HOOK: mean_norm(store, layer=3)})
+    sae.set_dataset_average_activation_norm({HOOK: store.stats(layer=3).mean})
     return sae
 
 
