@@ -1,11 +1,12 @@
 """Windows of an order: what is read at once of some layers, shuffled, one ahead in a thread of its own."""
 
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt
+from jaxtyping import Bool, Int64, UInt, UInt8
 
 from actstore.gather import Source, gather
 from actstore.kept import Kept
@@ -104,6 +105,8 @@ class Windows:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
         self._ready.clear()
+        for reader in self._readers:
+            reader.spare.clear()
 
     def _after(self, epoch: int, last: int) -> tuple[int, int] | None:
         """Epoch and first position of the window after the one that ends at `last`; None after the last epoch."""
@@ -152,6 +155,13 @@ class _Reader:
         self._source = Source.open(root, plan, selection.site.name, vouchers=vouchers)
         mapped = can_map(root, self._source)
         self._mapped = [MappedRows(root, self._source, self._site, layer) for layer in self._layers if mapped]
+        self.spare = list[
+            UInt8[np.ndarray, " byte"]
+        ]()  # of windows that were used up: new memory costs as much as reading
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no memory to reuse."""
+        return self.__dict__ | {"spare": []}
 
     def rows(
         self, samples: Int64[np.ndarray, " row"], chunk_samples: int | None = None
@@ -165,7 +175,7 @@ class _Reader:
                 self._mapped[number].take(samples, pool)
             else:
                 self._pick(self._mapped[number], samples, pool)
-        return tuple(pools)
+        return self._reused(pools)
 
     def chunks(self, chunks: Int64[np.ndarray, " chunk"]) -> tuple[UInt[np.ndarray, "row width"], ...]:
         """Whole chunks, ascending, of every layer; only the store's last chunk can be short."""
@@ -174,7 +184,7 @@ class _Reader:
         pools = [self._buffer(len(self._samples_of(chunks))) for _ in self._layers]
         for mapped, pool in zip(self._mapped, pools, strict=True):
             mapped.copy(chunks, pool)
-        return tuple(pools)
+        return self._reused(pools)
 
     def _pick(self, mapped: MappedRows, samples: Int64[np.ndarray, " row"], out: UInt[np.ndarray, "row width"]) -> None:
         """Copies chunks, some at a time, and keeps the wanted samples of them."""
@@ -190,7 +200,18 @@ class _Reader:
             np.take(scratch, np.searchsorted(stored, samples[first:last]), axis=0, out=out[first:last], mode="clip")
 
     def _buffer(self, rows: int) -> UInt[np.ndarray, "row width"]:
-        return as_integers(np.empty((rows, self._site.width), self._site.dtype))
+        size = rows * self._site.row_bytes
+        fitting = next((place for place, spare in enumerate(self.spare) if spare.nbytes >= size), None)
+        if fitting is None:
+            self.spare.clear()
+        memory = np.empty(size, np.uint8) if fitting is None else self.spare.pop(fitting)
+        return as_integers(memory[:size].view(self._site.dtype).reshape(rows, self._site.width))
+
+    def _reused(self, pools: list[UInt[np.ndarray, "_ width"]]) -> tuple[UInt[np.ndarray, "_ width"], ...]:
+        """The pools, whose memory comes back when nobody looks at them. That of a failed read does not."""
+        for pool in pools:
+            weakref.finalize(pool, self.spare.append, pool.base)
+        return tuple(pools)
 
     def _samples_of(self, chunks: Int64[np.ndarray, " chunk"]) -> Int64[np.ndarray, " row"]:
         """The samples of whole chunks, as far as the store goes."""

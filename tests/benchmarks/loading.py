@@ -216,7 +216,7 @@ def mixing(name: str, width: int, contexts: int) -> float:
 
 
 ITERATE = """
-import itertools, json, re, sys
+import json, re, sys, time
 from pathlib import Path
 
 import actstore
@@ -234,6 +234,7 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: man 5 pro
 before, own_before = status("VmRSS"), status("RssAnon")
 with store.batches(batch_size=4096, seed=0, order=order, epochs=1) as batches:
     for rows in batches:
+        time.sleep(0.03)  # a trainer: the next window is there before this one is used up
         own = max(own, status("RssAnon") - own_before)
 print(json.dumps({"peak": status("VmHWM") - before, "own": own, "batch": rows.nbytes}))
 """
