@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt, UInt8
@@ -210,7 +210,7 @@ class _Reader:
     def _reused(self, pools: list[UInt[np.ndarray, "_ width"]]) -> tuple[UInt[np.ndarray, "_ width"], ...]:
         """The pools, whose memory comes back when nobody looks at them. That of a failed read does not."""
         for pool in pools:
-            weakref.finalize(pool, self.spare.append, pool.base)
+            weakref.finalize(pool, self.spare.append, cast("UInt8[np.ndarray, ' byte']", pool.base))
         return tuple(pools)
 
     def _samples_of(self, chunks: Int64[np.ndarray, " chunk"]) -> Int64[np.ndarray, " row"]:
