@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 from jaxtyping import Int64, UInt
 
 from actstore.errors import CorruptStoreError
@@ -58,7 +58,7 @@ class MappedRows:
         count = layout.block_samples // layout.chunk_samples
         entries = [value for chunk in range(count) for value in (chunk * self._stride, self._stride)]
         index = struct.pack(f"<{len(entries)}Q", *entries)
-        self._tail = index + google_crc32c.value(index).to_bytes(CHECKSUM_BYTES, "little")
+        self._tail = index + crc32c(index).to_bytes(CHECKSUM_BYTES, "little")
         self._length = self._stride * count + len(self._tail)
         self._shape = (count, layout.chunk_samples, site.width)
         self._most, self._shards = _most_open(layout), OrderedDict[int, _Shard]()

@@ -15,8 +15,8 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 from jaxtyping import UInt64
 
 from actstore.errors import CorruptStoreError
@@ -108,7 +108,7 @@ def _longest_chunk(path: str, size: int, _changed: int, _number: int, chunks: in
     with open(path, "rb") as file:  # noqa: PTH123  the same
         file.seek(size - length - CHECKSUM_BYTES)
         data, stored = file.read(length), file.read(CHECKSUM_BYTES)
-    if google_crc32c.value(data) != int.from_bytes(stored, "little"):
+    if crc32c(data) != int.from_bytes(stored, "little"):
         return 0  # TensorStore looks at the checksum first, and refuses it
     index: UInt64[np.ndarray, "chunk 2"] = np.frombuffer(data, "<u8").reshape(chunks, 2)
     lengths = index[(index != MISSING).any(axis=1), 1]
