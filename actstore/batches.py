@@ -30,7 +30,7 @@ Order: TypeAlias = Literal["block", "exact"]
 Array: TypeAlias = Shaped[np.ndarray, "..."]
 Rows = TypeVar("Rows", bound=Array | dict[str, Array])
 Place: TypeAlias = tuple[str, int | None]
-WINDOW_BYTES = 1 << 30  # 1,024 chunks of 512 KiB that are used, and as many that are read meanwhile
+WINDOW_BYTES = 512 << 20  # 512 chunks of 512 KiB that are used, and as many that are read meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
