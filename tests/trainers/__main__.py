@@ -6,6 +6,7 @@ made once. The exit code is 0 only if every trainer was installed and passed. It
 
 import argparse
 import dataclasses
+import hashlib
 import subprocess
 import sys
 import tempfile
@@ -42,12 +43,13 @@ TRAINERS = (
 
 
 def install(trainer: Trainer, folder: Path) -> Path:
-    """The interpreter of the trainer's environment. A stamp says what was installed: pip runs again only for more.
+    """The interpreter of the trainer's environment. A stamp says what was installed: pip runs again for anything else.
 
     Raises:
         CalledProcessError: it cannot be installed; pip has said why.
     """
-    place, wanted = folder / trainer.name, "\n".join((TORCH, *trainer.requirements))
+    place, ours = folder / trainer.name, hashlib.sha256((TOP / "pyproject.toml").read_bytes()).hexdigest()
+    wanted = "\n".join((TORCH, *trainer.requirements, f"pyproject.toml {ours}"))
     python, stamp = place / "bin/python", place / "installed.txt"
     if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted):
         venv.create(place, with_pip=True, clear=True)
