@@ -19,7 +19,7 @@ from actstore.errors import InputError
 from actstore.filters import Filter
 from actstore.kept import Kept, norm_statistics
 from actstore.kvstore import Root, forked, refuse_fork
-from actstore.layout import Layout, Site, whole_number
+from actstore.layout import Layout, whole_number
 from actstore.moments import as_integers, to_float32
 from actstore.scaling import Normalization, by_statistics, check_normalization, normalize_rows, scale_of
 from actstore.schema import Plan
@@ -105,9 +105,7 @@ class Batches(Generic[Rows]):
         self._normalize, self._root, self._plan, self._check = normalize, root, plan, check
         places = [(each.site, layer) for each in selections for layer in each.layers]
         self._kept = Kept(root, plan, where, places, check=check) if where is not None else None
-        self._windows = Windows(
-            root, plan, selections, self._order, kept=self._kept, epochs=epochs, check=check
-        )  # fmt: skip
+        self._windows = Windows(root, plan, selections, self._order, kept=self._kept, epochs=epochs, check=check)
         one = selections[0]
         settings: list[object] = [one.site.name, one.layers[0], batch_size, seed, window, drop_remainder]
         if stacked or order == "exact":
@@ -115,7 +113,7 @@ class Batches(Generic[Rows]):
         if where is not None or normalize is not None:
             settings += [json.dumps(where and where.as_json()), normalize]
         self._identity = _identity(plan, *settings)
-        self._place = (0, 0)  # epoch and position
+        self._reached = (0, 0)  # epoch and position
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,7 +151,7 @@ class Batches(Generic[Rows]):
                     self._root, self._plan, site, layer, kept=self._kept, check=self._check
                 )  # fmt: skip
                 what = f"{site.name}{site.layer_text(layer)} of {self._root.url}"
-                found[_place(site, layer)] = scale_of(self._normalize, statistics, site.width, what=what)
+                found[site.name, site.layer_label(layer)] = scale_of(self._normalize, statistics, site.width, what=what)
         return found
 
     @property
@@ -175,11 +173,11 @@ class Batches(Generic[Rows]):
         with self._lock:
             pieces, place = self._next()
             if not pieces:
-                self._place = place
+                self._reached = place
                 self.close()
                 raise StopIteration
             batch = self._gather(_part(pieces, *self._part))
-            self._place = place
+            self._reached = place
             return batch
 
     def next_or_none(self) -> Batch[Rows] | None:
@@ -199,19 +197,19 @@ class Batches(Generic[Rows]):
             raise InputError(f"batches is {batches}; expected 0 or more")
         refuse_fork()
         with self._lock:
-            before = self._place
+            before = self._reached
             try:
                 for _ in range(batches):
                     if self._kept is None:
                         epoch, start, stop = self._step()
-                        self._place, ended = (epoch, stop), start == stop
+                        self._reached, ended = (epoch, stop), start == stop
                     else:
-                        pieces, self._place = self._next()
+                        pieces, self._reached = self._next()
                         ended = not pieces
                     if ended:
                         return
             except BaseException:
-                self._place = before
+                self._reached = before
                 raise
 
     def state(self) -> dict[str, int | str]:
@@ -219,7 +217,7 @@ class Batches(Generic[Rows]):
 
         It counts whole minibatches: a loader of any other part, of any other number of parts, takes it too.
         """
-        epoch, position = self._place
+        epoch, position = self._reached
         return {"version": 1, "epoch": epoch, "position": position, "loader": self._identity}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -228,11 +226,7 @@ class Batches(Generic[Rows]):
         Raises:
             InputError: the state is of another store, site, layer, seed, order, window, batch size or filter.
         """
-        if not isinstance(state, Mapping):
-            raise InputError(f"not a state of batches: {str(state)[:80]}; expected what state() returned")
-        numbers = [state.get("epoch"), state.get("position")]
-        whole = all(isinstance(number, int) and number >= 0 for number in numbers)
-        if set(state) != {"version", "epoch", "position", "loader"} or not whole:
+        if not _is_state(state):
             raise InputError(f"not a state of batches: {str(state)[:80]}; expected what state() returned")
         if state["loader"] != self._identity or state["version"] != 1:
             raise InputError(
@@ -246,7 +240,7 @@ class Batches(Generic[Rows]):
             )
         refuse_fork()
         with self._lock:
-            self._place = state["epoch"], state["position"]
+            self._reached = state["epoch"], state["position"]
 
     def close(self) -> None:
         """Stops reading ahead and frees the windows. Harmless when called again; the next minibatch starts anew."""
@@ -266,7 +260,7 @@ class Batches(Generic[Rows]):
         if self._kept is None:
             epoch, start, stop = self._step()
             return self._collect(epoch, start, stop)[0], (epoch, stop)
-        epoch, position = self._place
+        epoch, position = self._reached
         while self._epochs is None or epoch < self._epochs:
             pieces, after = self._collect(epoch, position, self._order.samples)
             count = sum(piece.stop - piece.start for piece in pieces)
@@ -279,7 +273,7 @@ class Batches(Generic[Rows]):
 
     def _step(self) -> tuple[int, int, int]:
         """Epoch and positions [start, stop) of the next minibatch where nothing is filtered; none after the end."""
-        epoch, position = self._place
+        epoch, position = self._reached
         left = self._order.samples - position
         if left <= 0 or (self._drop and left < self._batch_size):
             epoch, position, left = epoch + 1, 0, self._order.samples
@@ -336,7 +330,8 @@ class Batches(Generic[Rows]):
         site, layer = selection.site, selection.layers[number]
         if self._normalize is not None:
             wide = to_float32(pool[places].view(site.dtype))
-            scale = self.scales[_place(site, layer)] if by_statistics(self._normalize) else 1.0
+            by_one = by_statistics(self._normalize)
+            scale = self.scales[site.name, site.layer_label(layer)] if by_one else 1.0
             normalize_rows(self._normalize, wide, scale)
             out[...] = wide
         elif len(selection.layers) == 1:
@@ -358,9 +353,11 @@ def _part(pieces: list[_Piece], number: int, parts: int) -> list[_Piece]:
     return found
 
 
-def _place(site: Site, layer: int) -> Place:
-    """Name of a site and label of a layer, by its index."""
-    return site.name, None if site.layers is None else site.layers[layer]
+def _is_state(state: object) -> bool:
+    """Whether it has what `Batches.state` gives."""
+    if not isinstance(state, Mapping) or set(state) != {"version", "epoch", "position", "loader"}:
+        return False
+    return all(isinstance(state[name], int) and state[name] >= 0 for name in ("epoch", "position"))
 
 
 def _too_few(kept: int, samples: int, batch_size: int) -> str:
@@ -394,9 +391,7 @@ def _check(
             f"batch_size is {batch_size:,}, the store holds {layout.samples:,} samples: no batch would ever be full; "
             "use a smaller batch_size, or drop_remainder=False"
         )
-    number, parts = part
-    if not 0 <= number < parts:
-        raise InputError(f"part is {part}; expected (number, parts) with 0 <= number < parts, such as (0, 4)")
+    _, parts = part
     if batch_size % parts:
         raise InputError(
             f"batch_size {batch_size} cannot be divided into {parts} equal parts; use a multiple of {parts}, such as "
@@ -405,10 +400,11 @@ def _check(
 
 
 def _pair(part: object) -> tuple[int, int]:
-    if not isinstance(part, Sequence) or len(part) != 2:
+    """Number and count of the processes that share minibatches."""
+    pair = [whole_number(value, "part") for value in part] if isinstance(part, Sequence) else []
+    if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
         raise InputError(f"part is {part!r}; expected (number, parts) with 0 <= number < parts, such as (0, 4)")
-    number, parts = (whole_number(value, "part") for value in part)
-    return number, parts
+    return pair[0], pair[1]
 
 
 def _window_chunks(layout: Layout, window_bytes: int, sample_bytes: int) -> int:

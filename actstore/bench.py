@@ -217,7 +217,7 @@ def measure(
     given_bytes = len(run.seconds) * batch_size * found.row_bytes
     disk = None if run.disk_bytes is None else run.disk_bytes / given_bytes
     return Report(
-        store=store.url, site=site, layer=None if found.layers is None else found.layers[index], samples=store.samples,
+        store=store.url, site=site, layer=found.layer_label(index), samples=store.samples,
         layer_bytes=store.samples * found.row_bytes, order=order, batch_size=batch_size, window_bytes=window_bytes,
         window_samples=window, seed=seed, check=check, notes=tuple(notes),
         speed=Speed(

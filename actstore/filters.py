@@ -160,6 +160,5 @@ def _value(name: str, value: object) -> Value:
 
 def _plain(value: object) -> Any:
     """NumPy's numbers as Python's."""
-    return (
-        value.item() if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim) else value
-    )
+    single = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim)
+    return cast("np.generic", value).item() if single else value

@@ -96,9 +96,13 @@ class Site:
         """Bytes of one sample: a row of each layer."""
         return self.row_bytes * self.rows_per_sample
 
+    def layer_label(self, index: int) -> int | None:
+        """Label of the layer at an index of the `layer` axis; None where the site has none."""
+        return None if self.layers is None else self.layers[index]
+
     def layer_text(self, index: int) -> str:
         """How messages name the layer at an index of the `layer` axis, after the site: nothing where it has none."""
-        return "" if self.layers is None else f", layer {self.layers[index]}"
+        return "" if self.layers is None else f", layer {self.layer_label(index)}"
 
     def layer_index(self, layer: int | None) -> int:
         """Index along the `layer` axis of the label `layer` (0 for a layerless site).

@@ -16,7 +16,6 @@ import math
 import mmap
 import os
 import resource
-import struct
 import sys
 import weakref
 from collections import OrderedDict, deque
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from crc32c import crc32c
 from jaxtyping import Int64, UInt
 
 from actstore.errors import CorruptStoreError
@@ -33,7 +31,7 @@ from actstore.gather import Source, compare, gather
 from actstore.kvstore import Root
 from actstore.layout import Layout, Site
 from actstore.metadata import shard_key
-from actstore.shards import CHECKSUM_BYTES
+from actstore.shards import CHECKSUM_BYTES, packed_index
 
 SHARDS_KEPT = 4096  # open at once; the system allows some 65,000 mappings
 AHEAD_BYTES = 8 << 20  # announced before they are read: 16 chunks of 512 KiB; more is not faster
@@ -57,8 +55,7 @@ class MappedRows:
         self._stride = self._chunk_bytes + (CHECKSUM_BYTES if layout.codec == "crc32c" else 0)
         count = layout.block_samples // layout.chunk_samples
         entries = [value for chunk in range(count) for value in (chunk * self._stride, self._stride)]
-        index = struct.pack(f"<{len(entries)}Q", *entries)
-        self._tail = index + crc32c(index).to_bytes(CHECKSUM_BYTES, "little")
+        self._tail = packed_index(entries)
         self._length = self._stride * count + len(self._tail)
         self._shape = (count, layout.chunk_samples, site.width)
         self._most, self._shards = _most_open(layout), OrderedDict[int, _Shard]()

@@ -10,7 +10,7 @@ while it is in the cache of the core.
 
 import itertools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -109,9 +109,13 @@ def encode(
             index += [place, length]
             place += length
             yield from pieces
-    packed = struct.pack(f"<{len(index)}Q", *index)
-    yield memoryview(packed)
-    yield _stored(crc32c(packed))
+    yield memoryview(packed_index(index))
+
+
+def packed_index(numbers: Sequence[int]) -> bytes:
+    """The end of a shard: place and length of each chunk, one after the other, and their CRC-32C."""
+    packed = struct.pack(f"<{len(numbers)}Q", *numbers)
+    return packed + _stored(crc32c(packed))
 
 
 def chunk_digests(rows: Rows, *, start: int, chunk_samples: int) -> str:

@@ -124,8 +124,8 @@ class Windows:
             samples, positions = samples[kept], first + np.flatnonzero(kept)
         if self._kept is not None or isinstance(self._order, ExactOrder):
             stored, places = np.unique(samples, return_inverse=True)
-            whole = self._order.chunk_samples if isinstance(self._order, BlockOrder) else None
-            pools = tuple(reader.rows(stored, whole) for reader in self._readers)
+            whole = isinstance(self._order, BlockOrder)
+            pools = tuple(reader.rows(stored, whole=whole) for reader in self._readers)
             return Window(first, last, pools, places, samples, positions)
         size = self._order.chunk_samples
         chunks, member = np.unique(samples // size, return_inverse=True)
@@ -155,26 +155,25 @@ class _Reader:
         self._source = Source.open(root, plan, selection.site.name, vouchers=vouchers)
         mapped = can_map(root, self._source)
         self._mapped = [MappedRows(root, self._source, self._site, layer) for layer in self._layers if mapped]
-        self.spare = list[
-            UInt8[np.ndarray, " byte"]
-        ]()  # of windows that were used up: new memory costs as much as reading
+        # Memory of windows that were used up: new memory costs as much as reading.
+        self.spare = list[UInt8[np.ndarray, " byte"]]()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no memory to reuse."""
         return self.__dict__ | {"spare": []}
 
     def rows(
-        self, samples: Int64[np.ndarray, " row"], chunk_samples: int | None = None
+        self, samples: Int64[np.ndarray, " row"], *, whole: bool = False
     ) -> tuple[UInt[np.ndarray, "row width"], ...]:
-        """Some samples, ascending, of every layer. With `chunk_samples` their chunks are read and compared whole."""
+        """Some samples, ascending, of every layer. With `whole` their chunks are read and compared whole."""
         pools = [self._buffer(len(samples)) for _ in self._layers]
         for number, pool in enumerate(pools):
             if not self._mapped:
                 gather(self._source, [self._layers[number]], samples, pool.view(self._site.dtype)[None])
-            elif chunk_samples is None:
-                self._mapped[number].take(samples, pool)
-            else:
+            elif whole:
                 self._pick(self._mapped[number], samples, pool)
+            else:
+                self._mapped[number].take(samples, pool)
         return self._reused(pools)
 
     def chunks(self, chunks: Int64[np.ndarray, " chunk"]) -> tuple[UInt[np.ndarray, "row width"], ...]:

@@ -6,20 +6,14 @@ any size, and what is measured is what the loader itself does.
 
 import os
 import statistics
-import struct
 import time
 from pathlib import Path
 from random import Random
 
-import google_crc32c
-import numpy as np
-
 import actstore
-from actstore import Layout, Plan, Site
-from actstore.kvstore import Root
-from actstore.ledger import create_nodes, create_plan, write_assets
-from actstore.metadata import array_metadata, group_metadata
-from actstore.schema import canonical_json
+from actstore import Layout, Site
+from actstore.shards import packed_index
+from tests.benchmarks.scale import sealed
 
 SIZES = {"10^6": 10**6, "10^8": 10**8, "10^10": 10**10}
 SITE, BLOCK_SAMPLES, CHUNK_SAMPLES = Site("resid_post", 896, (0,)), 65_536, 256  # 117 MB a shard
@@ -73,17 +67,8 @@ def batches(url: Path, order: str, window_bytes: int, *, seed: int) -> tuple[flo
 
 def sparse_store(url: Path, layout: Layout) -> Path:
     """A finished store of one site without markers, whose shards are all names of the same holes."""
-    root, plan = Root.of(url), Plan.make(layout, {})
-    create_plan(root, plan)
-    write_assets(root, plan, {})
-    create_nodes(root, plan)
-    arrays = array_metadata(plan, complete=True)
-    for name, metadata in arrays.items():
-        root.write(f"{name}/zarr.json", canonical_json(metadata))
-    root.write("zarr.json", canonical_json(group_metadata(plan, status="complete")))
-    site = layout.sites[0]
-    root.open_array("layer", arrays["layer"]).write(np.array(site.layers, np.int32)).result()
-    folder, holes = url / site.name / "c/0", url / "holes"
+    sealed(url, layout)
+    folder, holes = url / layout.sites[0].name / "c/0", url / "holes"
     folder.mkdir(parents=True)
     for block in range(layout.blocks):
         if block % LINKS == 0:
@@ -98,8 +83,7 @@ def _write_holes(path: Path, layout: Layout) -> None:
     """A shard of zeros that takes no room: chunk after chunk, each with four bytes of checksum, and a true index."""
     length = layout.chunk_samples * layout.sites[0].row_bytes + 4
     count = layout.block_samples // layout.chunk_samples
-    index = struct.pack(f"<{2 * count}Q", *(value for chunk in range(count) for value in (chunk * length, length)))
     with path.open("wb") as file:
         file.truncate(length * count)
         file.seek(length * count)
-        file.write(index + google_crc32c.value(index).to_bytes(4, "little"))
+        file.write(packed_index([value for chunk in range(count) for value in (chunk * length, length)]))

@@ -59,8 +59,12 @@ def opening(url: Path, repeats: int) -> tuple[float, float]:
 
 
 def without_data(url: Path, samples: int) -> Path:
+    """A store of one size."""
+    return sealed(url, Layout((SITE,), samples, 65_536, 256))
+
+
+def sealed(url: Path, layout: Layout) -> Path:
     """A store with all its metadata, complete, of which no row is there."""
-    layout = Layout((SITE,), samples, 65_536, 256)
     root, plan = Root.of(url), Plan.make(layout, {})
     create_plan(root, plan)
     write_assets(root, plan, {})
@@ -69,7 +73,7 @@ def without_data(url: Path, samples: int) -> Path:
     for name, metadata in arrays.items():
         root.write(f"{name}/zarr.json", canonical_json(metadata))
     root.write("zarr.json", canonical_json(group_metadata(plan, status="complete")))
-    root.open_array("layer", arrays["layer"]).write(np.array(SITE.layers, np.int32)).result()
+    root.open_array("layer", arrays["layer"]).write(np.array(layout.sites[0].layers, np.int32)).result()
     return url
 
 
