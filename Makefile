@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 	$(BIN)/actstore demo --folder $(DEMO)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check

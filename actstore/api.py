@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Int, Int64
 
-from actstore.batches import WINDOW_BYTES, Array, Batches, Order
+from actstore.batches import Array, Batches, Order
 from actstore.errors import InputError, UnfinishedStoreError, UnknownNameError
 from actstore.filters import Filter
 from actstore.generations import extend
@@ -107,7 +107,7 @@ class Store:
         epochs: int | None = ...,
         drop_remainder: bool = ...,
         order: Order = ...,
-        window_bytes: int = ...,
+        window_bytes: int | None = ...,
         part: tuple[int, int] = ...,
         where: Filter | None = ...,
         normalize: Normalization | None = ...,
@@ -127,7 +127,7 @@ class Store:
         epochs: int | None = ...,
         drop_remainder: bool = ...,
         order: Order = ...,
-        window_bytes: int = ...,
+        window_bytes: int | None = ...,
         part: tuple[int, int] = ...,
         where: Filter | None = ...,
         normalize: Normalization | None = ...,
@@ -146,7 +146,7 @@ class Store:
         epochs: int | None = None,
         drop_remainder: bool = True,
         order: Order = "block",
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int | None = None,
         part: tuple[int, int] = (0, 1),
         where: Filter | None = None,
         normalize: Normalization | None = None,
@@ -170,8 +170,10 @@ class Store:
             order: `block` reads whole chunks and shuffles among the many chunks of a window. `exact` shuffles all
                 samples and reads them one by one: for local, uncompressed stores that fit into the page cache; others
                 read a chunk for each row.
-            window_bytes: memory for rows that were read: one half is handed out, the other is read meanwhile. Block
-                order shuffles inside a half: one as large as what is read of the store gives a perfect shuffle.
+            window_bytes: of rows that are held at once: one half is handed out, the other is read meanwhile. Block
+                order shuffles inside a half: one as large as what is read of the store gives a perfect shuffle. None is
+                2 GiB in block order, 512 MiB in exact order. Rows of local, uncompressed stores stay in the system's
+                page cache, those of others are in this process's memory.
             part: (number, parts) of processes that share the minibatches: each gets its slice of every one. The
                 minibatches are the same whatever the number of parts.
             where: which samples to give; None gives all. An epoch is then shorter. Chunks that hold none of them are

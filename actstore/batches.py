@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, Literal, NamedTuple, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Int64, Shaped, UInt
+from jaxtyping import Float32, Int64, Shaped
 
 from actstore.errors import InputError
 from actstore.filters import Filter
 from actstore.kept import Kept, norm_statistics
 from actstore.kvstore import Root, forked, refuse_fork
 from actstore.layout import Layout, whole_number
-from actstore.moments import as_integers, to_float32
+from actstore.moments import to_float32
 from actstore.scaling import Normalization, by_statistics, check_normalization, normalize_rows, scale_of
 from actstore.schema import Plan
 from actstore.shuffle import BlockOrder, ExactOrder
@@ -30,7 +30,8 @@ Order: TypeAlias = Literal["block", "exact"]
 Array: TypeAlias = Shaped[np.ndarray, "..."]
 Rows = TypeVar("Rows", bound=Array | dict[str, Array])
 Place: TypeAlias = tuple[str, int | None]
-WINDOW_BYTES = 512 << 20  # 512 chunks of 512 KiB that are used, and as many that are read meanwhile
+WINDOW_BYTES: dict[Order, int] = {"block": 2 << 30, "exact": 512 << 20}
+"""By default: in block order 2,048 chunks of 512 KiB that are used, and as many that are read meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Batches(Generic[Rows]):
         epochs: int | None = None,
         drop_remainder: bool = True,
         order: Order = "block",
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int | None = None,
         part: tuple[int, int] = (0, 1),
         where: Filter | None = None,
         normalize: Normalization | None = None,
@@ -83,7 +84,7 @@ class Batches(Generic[Rows]):
     ) -> None:
         layout = plan.layout
         batch_size, seed = whole_number(batch_size, "batch_size"), whole_number(seed, "seed")
-        window_bytes = whole_number(window_bytes, "window_bytes")
+        window_bytes = window_size(order, window_bytes)
         epochs, part = None if epochs is None else whole_number(epochs, "epochs"), _pair(part)
         drop_remainder = bool(drop_remainder)
         _check(layout, batch_size, seed, epochs, window_bytes, part, drop_remainder=drop_remainder)
@@ -96,11 +97,9 @@ class Batches(Generic[Rows]):
         if order == "block":
             window = _window_chunks(layout, half, sample_bytes)
             self._order = BlockOrder(layout.samples, seed, layout.chunk_samples, window)
-        elif order == "exact":
+        else:
             window = max(half // max(sample_bytes, 256), batch_size, 1)
             self._order = ExactOrder(layout.samples, seed, window)
-        else:
-            raise InputError(f"order is {order!r}; expected 'block' or 'exact'")
         self._batch_size, self._epochs, self._drop = batch_size, epochs, drop_remainder
         self._normalize, self._root, self._plan, self._check = normalize, root, plan, check
         places = [(each.site, layer) for each in selections for layer in each.layers]
@@ -296,20 +295,9 @@ class Batches(Generic[Rows]):
 
     def _gather(self, pieces: list[_Piece]) -> Batch[Rows]:
         """The samples of some pieces, copied into fresh arrays."""
-        samples = np.empty(sum(piece.stop - piece.start for piece in pieces), np.int64)
-        dtypes = [np.float32 if self._normalize else each.site.dtype for each in self._selections]
-        rows = [
-            np.empty((len(samples), len(each.layers), each.site.width), dtype)
-            for each, dtype in zip(self._selections, dtypes, strict=True)
-        ]
-        filled = 0
-        for window, start, stop in pieces:
-            part, span = slice(start, stop), slice(filled, filled + stop - start)
-            samples[span] = window.samples[part]
-            for selection, target, pools in zip(self._selections, rows, window.pools, strict=True):
-                for number, pool in enumerate(pools):
-                    self._take(selection, number, pool, window.places[part], target[span, number])
-            filled = span.stop
+        found = [window.samples[start:stop] for window, start, stop in pieces]
+        samples = np.concatenate(found) if found else np.empty(0, np.int64)
+        rows = [self._rows(number, pieces, len(samples)) for number in range(len(self._selections))]
         if not self._stacked:
             return Batch(cast(Rows, rows[0][:, 0]), samples)
         by_site = {
@@ -318,26 +306,32 @@ class Batches(Generic[Rows]):
         }
         return Batch(cast(Rows, by_site), samples)
 
-    def _take(
-        self,
-        selection: Selection,
-        number: int,
-        pool: UInt[np.ndarray, "row width"],
-        places: Int64[np.ndarray, " n"],
-        out: Shaped[np.ndarray, "n width"],
-    ) -> None:
-        """Copies chosen rows of one layer, normalised where that is wanted."""
-        site, layer = selection.site, selection.layers[number]
-        if self._normalize is not None:
-            wide = to_float32(pool[places].view(site.dtype))
-            by_one = by_statistics(self._normalize)
-            scale = self.scales[site.name, site.layer_label(layer)] if by_one else 1.0
-            normalize_rows(self._normalize, wide, scale)
-            out[...] = wide
-        elif len(selection.layers) == 1:
-            np.take(pool, places, axis=0, out=as_integers(out), mode="clip")
-        else:  # NumPy cannot take into a part of each row
-            as_integers(out)[...] = pool[places]
+    def _rows(self, number: int, pieces: list[_Piece], count: int) -> Shaped[np.ndarray, "row layer width"]:
+        """The rows of one selection."""
+        site, layers = self._selections[number]
+        if self._normalize is None and len(layers) == len(pieces) == 1:
+            window, start, stop = pieces[0]
+            return window.rows[number][0].taken(slice(start, stop), site.dtype)[:, None]
+        out = np.empty((count, len(layers), site.width), np.float32 if self._normalize else site.dtype)
+        filled = 0
+        for window, start, stop in pieces:
+            part, span = slice(start, stop), slice(filled, filled + stop - start)
+            for place, rows in enumerate(window.rows[number]):
+                if self._normalize is None:
+                    rows.copy(part, out[span, place])
+                else:
+                    taken, label = rows.taken(part, site.dtype), site.layer_label(layers[place])
+                    out[span, place] = self._normalized(self._normalize, taken, (site.name, label))
+            filled = span.stop
+        return out
+
+    def _normalized(
+        self, how: Normalization, rows: Shaped[np.ndarray, "row width"], place: Place
+    ) -> Float32[np.ndarray, "row width"]:
+        """Rows of one site and layer in float32, normalised."""
+        wide = to_float32(rows)
+        normalize_rows(how, wide, self.scales[place] if by_statistics(how) else 1.0)
+        return wide
 
 
 def _part(pieces: list[_Piece], number: int, parts: int) -> list[_Piece]:
@@ -405,6 +399,13 @@ def _pair(part: object) -> tuple[int, int]:
     if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
         raise InputError(f"part is {part!r}; expected (number, parts) with 0 <= number < parts, such as (0, 4)")
     return pair[0], pair[1]
+
+
+def window_size(order: Order, given: int | None) -> int:
+    """What the caller gave, or what is usual for an order, if there is such an order."""
+    if order not in WINDOW_BYTES:
+        raise InputError(f"order is {order!r}; expected {' or '.join(map(repr, WINDOW_BYTES))}")
+    return WINDOW_BYTES[order] if given is None else whole_number(given, "window_bytes")
 
 
 def _window_chunks(layout: Layout, window_bytes: int, sample_bytes: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float64, Int64, Integer
 
 from actstore.api import Store
-from actstore.batches import WINDOW_BYTES, Array, Batches, Order
+from actstore.batches import Array, Batches, Order, window_size
 from actstore.errors import InputError
 from actstore.gather import Source
 from actstore.kvstore import Root, storage_errors
@@ -162,7 +162,7 @@ def measure(
     layer: int | None = None,
     batch_size: int | None = None,
     order: Order = "block",
-    window_bytes: int = WINDOW_BYTES,
+    window_bytes: int | None = None,
     seconds: float = 5.0,
     seed: int = 0,
     check: bool = True,
@@ -176,7 +176,7 @@ def measure(
         layer: label of the layer; may be left out where the site has only one.
         batch_size: rows of a batch; None is 4,096, or an eighth of a store that holds fewer.
         order: `block` or `exact`.
-        window_bytes: memory for rows that were read.
+        window_bytes: of rows that are held at once; None is as in `Store.batches`.
         seconds: of each measurement. Batches are read to the end of a window, so at least one.
         seed: of the order.
         check: False leaves out the comparison with commit markers.
@@ -193,6 +193,7 @@ def measure(
     """
     if not (seconds > 0 and math.isfinite(seconds)):
         raise InputError(f"seconds is {seconds}; expected a positive number, such as 5")
+    window_bytes = window_size(order, window_bytes)
     found, notes = store.plan.layout.site(site), []
     index, said = found.layer_index(layer), progress or _silent
     if batch_size is None:

@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 import actstore
-from actstore.batches import WINDOW_BYTES, Order
+from actstore.batches import Order
 from actstore.bench import BATCH_SIZE, measure, verdict
 from actstore.bench import Report as Measured
 from actstore.errors import ActstoreError, CorruptStoreError, InputError
@@ -175,7 +175,7 @@ def bench(
     ] = None,
     order: Annotated[str, typer.Option(help="block or exact")] = "block",
     window_bytes: Annotated[
-        int | None, typer.Option(help=f"memory for rows that were read; {WINDOW_BYTES:,} unless given")
+        int | None, typer.Option(help="of rows that are held at once; as in Store.batches unless given")
     ] = None,
     seconds: Annotated[float, typer.Option(help="of each measurement")] = 5.0,
     seed: Annotated[int, typer.Option(help="of the order")] = 0,
@@ -186,7 +186,7 @@ def bench(
     opened = actstore.open(store)
     with Work("bench", unit="measurements") as work:
         found = measure(opened, site=site, layer=layer, batch_size=batch_size, order=cast(Order, order),
-                        window_bytes=WINDOW_BYTES if window_bytes is None else window_bytes, seconds=seconds,
+                        window_bytes=window_bytes, seconds=seconds,
                         seed=seed, check=not no_check, progress=work.update)  # fmt: skip
     typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else "\n".join(measured_lines(found)))
 

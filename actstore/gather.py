@@ -49,7 +49,7 @@ class Source:
         array = root.open_array(name, array_metadata(plan, complete=True)[name])
         return cls(array, name, plan.layout, root.url, vouchers)
 
-    @property
+    @functools.cached_property
     def is_site(self) -> bool:
         """Whether it holds activations; norms and columns are not sharded."""
         return any(site.name == self.name for site in self.layout.sites)
@@ -60,7 +60,7 @@ class Source:
         site = self.layout.site_of(self.name)
         return site.layers if site else None
 
-    @property
+    @functools.cached_property
     def chunk_samples(self) -> int:
         """Samples that are read and compared together: a chunk of a site, a whole block of norms and columns."""
         return self.layout.chunk_samples if self.is_site else self.layout.block_samples

@@ -1,16 +1,20 @@
-"""Rows straight out of local, uncompressed shards: such a shard is its rows, one after the other, and then an index.
+"""Rows where they lie in local, uncompressed shards: such a shard is its rows, one after the other, and then an index.
 
 A shard is mapped when it is first touched, if its length and its index are those that actstore writes; others are read
-as in every store, and what is wrong with them is said there. Chunks that are copied whole are compared with their
+as in every store, and what is wrong with them is said there. Chunks that are wanted whole are compared with their
 commit markers, each time: a swapped or stale shard is an error. For single rows one chunk of their shard is compared.
 They are not themselves, because that would read a chunk for each: a flipped bit is then found by `verify` alone. Nobody
 may cut a mapped file short: the system would end the process.
 
 What is to be read is announced to the system some megabytes ahead, and nothing else is: a disk is then kept busy by one
-thread, and is not asked for what the system guesses. Why, with figures: docs/decisions/0011-announced-reads.md.
+thread, and is not asked for what the system guesses. Why, with figures: docs/decisions/0011-announced-reads.md. Nothing
+is copied here: docs/decisions/0012-rows-are-taken-where-they-lie.md.
 """
 
 import contextlib
+import ctypes
+import dataclasses
+import functools
 import itertools
 import math
 import mmap
@@ -21,26 +25,27 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Int64, UInt
+from jaxtyping import Int64, UInt8
 
 from actstore.errors import CorruptStoreError
 from actstore.gather import Source, compare, gather
 from actstore.kvstore import Root
 from actstore.layout import Layout, Site
 from actstore.metadata import shard_key
+from actstore.rows import Memory, RowView
 from actstore.shards import CHECKSUM_BYTES, packed_index
 
-SHARDS_KEPT = 4096  # open at once; the system allows some 65,000 mappings
+SHARDS_KEPT = 4096  # open at once, of each layer
+ROW_BYTES = 1 << 16  # larger rows are read as in every store: NumPy's arrays end at 2^63 bytes, addresses at 2^47
+MAPPINGS = 1 << 15  # of all windows: the system allows some 65,000
 AHEAD_BYTES = 8 << 20  # announced before they are read: 16 chunks of 512 KiB; more is not faster
 REQUEST_BYTES = 512 << 10  # in one announcement; the system cuts longer ones off, most disks at 1 MiB or more
 GAP_BYTES = 32 << 10  # between rows, read rather than skipped: about what a disk reads in the time of a request
 PIECE_ROWS = 4096  # announced together
 PROBES = 16  # rows of a piece that are looked for in memory before it is announced
-RUN_BYTES = 64 << 10  # of rows of one chunk, from which on a call for each chunk is faster than a call for many
-ROWS_AT_ONCE = 128  # of many chunks: NumPy copies them twice, the second time out of the core's cache
 Item = TypeVar("Item")
 
 
@@ -53,64 +58,87 @@ class MappedRows:
         layout = source.layout
         self._chunk_bytes = layout.chunk_samples * site.row_bytes
         self._stride = self._chunk_bytes + (CHECKSUM_BYTES if layout.codec == "crc32c" else 0)
-        count = layout.block_samples // layout.chunk_samples
-        entries = [value for chunk in range(count) for value in (chunk * self._stride, self._stride)]
+        self._chunks = layout.block_samples // layout.chunk_samples
+        entries = [value for chunk in range(self._chunks) for value in (chunk * self._stride, self._stride)]
         self._tail = packed_index(entries)
-        self._length = self._stride * count + len(self._tail)
-        self._shape = (count, layout.chunk_samples, site.width)
-        self._most, self._shards = _most_open(layout), OrderedDict[int, _Shard]()
+        self._length = self._stride * self._chunks + len(self._tail)
+        self._step = math.gcd(self._stride, site.row_bytes, 16)  # of addresses: memory of our own begins at such, too
+        self._most, self._most_mapped = _most_open(layout), _most_mapped(layout)
+        self._shards = OrderedDict[int, _Shard]()
         self._compared: dict[int, int] = {}  # a number of the file by block: 100 bytes for each shard of 128 MiB
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, in another process too, opens its own files."""
         return self.__dict__ | {"_shards": OrderedDict(), "_compared": {}}
 
-    def take(self, samples: Int64[np.ndarray, " row"], out: UInt[np.ndarray, "row width"]) -> None:
-        """Copies single rows, ascending, into `out`, the stored dtype as unsigned integers.
+    def rows(
+        self,
+        samples: Int64[np.ndarray, " row"],
+        places: Int64[np.ndarray, " wanted"],
+        memory: Memory,
+        *,
+        whole: bool = False,
+    ) -> RowView:
+        """Where some rows lie; they are in the system's memory now, and stay while there is room.
+
+        Args:
+            samples: ascending, each once.
+            places: of the wanted rows among `samples`, in the order that the result has.
+            memory: for rows that cannot stay mapped.
+            whole: compare each chunk that holds a row with its marker.
 
         Raises:
-            CorruptStoreError: a shard is missing, cut, swapped or stale; names site, layer and block.
+            CorruptStoreError: a shard is missing, cut, swapped or stale, or a chunk is not the one that was committed;
+                names site, layer and block.
         """
-        for piece in _ahead(self._pieces(samples), self._announce_rows, most=self._most):
-            shard, target = self._compared_shard(piece.block), out[piece.first : piece.last]
+        addresses = np.empty(len(samples), np.int64)
+        mapped: dict[int, _Mapping] = {}
+        own: UInt8[np.ndarray, "row byte"] | None = None
+        announce = functools.partial(self._announce, whole=whole)
+        for piece in _ahead(self._pieces(samples, whole=whole), announce, most=self._most):
+            shard = self._ready(piece, whole=whole)
+            if shard is not None and (piece.block in mapped or len(mapped) < self._most_mapped):
+                mapped[piece.block] = shard.mapping
+                addresses[piece.first : piece.last] = shard.mapping.address + piece.starts
+                continue
+            if own is None:
+                own, begin = memory.rows(len(samples) - piece.first, self._site.row_bytes), piece.first
+            target = own[piece.first - begin : piece.last - begin]
             if shard is None:
                 self._gather(samples[piece.first : piece.last], target)
             else:
-                self._pick(shard.view, piece, target)
+                self._rows(shard.mapping.address + piece.starts, shard.mapping).copy(slice(None), target)
+            addresses[piece.first : piece.last] = target.ctypes.data + np.arange(len(target)) * self._site.row_bytes
+        if own is not None:
+            memory.take_back(own)
+        return self._rows(addresses[places], (*mapped.values(), own))
 
-    def copy(self, chunks: Int64[np.ndarray, " chunk"], out: UInt[np.ndarray, "row width"]) -> None:
-        """Copies whole chunks, ascending, one after the other into `out`, and compares each with its marker.
+    def _rows(self, addresses: Int64[np.ndarray, " row"], keep: object) -> RowView:
+        return RowView.at(addresses, self._site.row_bytes, step=self._step, keep=keep)
 
-        Raises:
-            CorruptStoreError: a chunk is not the one that was committed; names site, layer and block.
-        """
-        layout, place = self._source.layout, 0
-        for number in _ahead(chunks.tolist(), self._announce_chunk, most=self._most):
-            block, chunk = divmod(number, self._shape[0])
-            start = number * layout.chunk_samples
-            count = min(layout.chunk_samples, layout.samples - start)
-            target, place = out[place : place + count], place + count
-            shard = self._shard(block)
+    def _pieces(self, samples: Int64[np.ndarray, " row"], *, whole: bool) -> Iterator["_Piece"]:
+        """Rows of one chunk, where they are wanted whole; else of one shard, some thousand at most."""
+        layout = self._source.layout
+        blocks = samples // layout.block_samples
+        chunks, rows = np.divmod(samples - blocks * layout.block_samples, layout.chunk_samples)
+        starts = chunks * self._stride + rows * self._site.row_bytes
+        most = layout.chunk_samples if whole else PIECE_ROWS
+        for start, stop in _runs(samples // layout.chunk_samples if whole else blocks):
+            for first in range(start, stop, most):
+                last = min(first + most, stop)
+                yield _Piece(int(blocks[first]), int(chunks[first]), first, last, starts[first:last])
+
+    def _announce(self, piece: "_Piece", *, whole: bool) -> int:
+        """Announces chunks, and the pages of single rows unless all that are looked for are in memory."""
+        shard = self._shard(piece.block) if whole else self._compared_shard(piece.block)
+        if whole:
+            start = piece.chunk * self._stride
             if shard is not None:
-                target[...] = self._chunks(shard.view)[chunk, :count]
-                try:
-                    self._compare(start, target)
-                    continue
-                except CorruptStoreError:  # or repaired since: then there is a new file in the place of the open one
-                    self._shards.pop(block)
-            self._gather(np.arange(start, start + count), target)
-
-    def _announce_chunk(self, number: int) -> int:
-        block, chunk = divmod(number, self._shape[0])
-        shard, start = self._shard(block), chunk * self._stride
-        if shard is not None:
-            shard.announce(start, start + self._chunk_bytes)
-        return self._chunk_bytes
-
-    def _announce_rows(self, piece: "_Piece") -> int:
-        """Announces the pages of the rows, unless all that are looked for are in memory."""
-        shard, starts = self._compared_shard(piece.block), piece.starts
+                shard.announce(start, start + self._chunk_bytes)
+            return self._chunk_bytes
+        starts = piece.starts
         if shard is not None and shard.lacks(starts[:: -(-len(starts) // PROBES)]):
+            piece.lacking = True
             ends = starts + self._site.row_bytes
             edges = np.flatnonzero(starts[1:] - ends[:-1] > GAP_BYTES)
             spans = zip(starts[np.append(0, edges + 1)].tolist(), ends[np.append(edges, -1)].tolist(), strict=True)
@@ -118,33 +146,23 @@ class MappedRows:
                 shard.announce(start, stop)
         return len(starts) * self._site.row_bytes
 
-    def _pieces(self, samples: Int64[np.ndarray, " row"]) -> Iterator["_Piece"]:
-        """Neighbouring rows of one shard, some thousand at most."""
-        layout, row_bytes = self._source.layout, self._site.row_bytes
-        for start, stop in _runs(samples // layout.block_samples):
-            block = int(samples[start]) // layout.block_samples
-            for first in range(start, stop, PIECE_ROWS):
-                last = min(first + PIECE_ROWS, stop)
-                chunks, rows = np.divmod(samples[first:last] - block * layout.block_samples, layout.chunk_samples)
-                yield _Piece(block, first, last, chunks, rows, chunks * self._stride + rows * row_bytes)
+    def _ready(self, piece: "_Piece", *, whole: bool) -> "_Shard | None":
+        """The shard of a piece, once what is wanted of it was compared and is in memory; None: read it otherwise."""
+        if not whole:
+            shard = self._compared_shard(piece.block)
+            if shard is not None and piece.lacking:
+                shard.mapping.touch(piece.starts, self._site.row_bytes)
+            return shard
+        shard = self._shard(piece.block)
+        if shard is not None:
+            try:
+                self._compare(shard.mapping, piece.block, piece.chunk)
+            except CorruptStoreError:  # or repaired since: then there is a new file in the place of the open one
+                self._shards.pop(piece.block)
+                return None
+        return shard
 
-    def _pick(self, view: mmap.mmap, piece: "_Piece", out: UInt[np.ndarray, "row width"]) -> None:
-        """Copies rows out of a mapped shard."""
-        runs, row_bytes = list(_runs(piece.chunks)), self._site.row_bytes
-        if out.nbytes >= RUN_BYTES * len(runs):
-            chunks = self._chunks(view)
-            for first, last in runs:
-                chunk = chunks[int(piece.chunks[first])]
-                np.take(chunk, piece.rows[first:last], axis=0, out=out[first:last], mode="clip")
-            return
-        step, row = math.gcd(self._stride, row_bytes), np.dtype(f"V{row_bytes}")
-        count = (self._stride * self._shape[0] - row_bytes) // step + 1
-        everywhere = np.ndarray((count,), row, buffer=view, strides=(step,))
-        places, target = piece.starts // step, out.view(row)[:, 0]
-        for first in range(0, len(out), ROWS_AT_ONCE):
-            target[first : first + ROWS_AT_ONCE] = everywhere[places[first : first + ROWS_AT_ONCE]]
-
-    def _gather(self, samples: Int64[np.ndarray, " row"], out: UInt[np.ndarray, "row width"]) -> None:
+    def _gather(self, samples: Int64[np.ndarray, " row"], out: UInt8[np.ndarray, "row byte"]) -> None:
         """The way of every other store: it reads what is unusual, and its errors say what is wrong."""
         gather(self._source, [self._layer], samples, out.view(self._site.dtype)[None])
 
@@ -169,35 +187,69 @@ class MappedRows:
             return None
         shard.expect_single_rows()
         if self._source.vouchers is not None and self._compared.get(block) != shard.identity:
-            self._announce_chunk(block * self._shape[0])
-            start = block * self._source.layout.block_samples
+            shard.announce(0, self._chunk_bytes)
             try:
-                self._compare(start, self._chunks(shard.view)[0, : self._source.layout.samples - start].copy())
+                self._compare(shard.mapping, block, 0)
             except CorruptStoreError:
                 self._shards.pop(block)
                 raise
             self._compared[block] = shard.identity
         return shard
 
-    def _chunks(self, view: mmap.mmap) -> UInt[np.ndarray, "chunk row width"]:
-        item_bytes = self._site.row_bytes // self._site.width
-        strides = (self._stride, self._site.row_bytes, item_bytes)
-        return np.ndarray(self._shape, f"u{item_bytes}", buffer=view, strides=strides)
+    def _compare(self, mapping: "_Mapping", block: int, chunk: int) -> None:
+        """Compares a chunk with its marker; where there is none, it is read alone."""
+        layout, site, place = self._source.layout, self._site, chunk * self._stride
+        start = block * layout.block_samples + chunk * layout.chunk_samples
+        count = min(layout.chunk_samples, layout.samples - start)
+        if self._source.vouchers is None:
+            mapping.touch(np.array([place]), count * site.row_bytes)
+            return
+        rows = mapping.bytes[place : place + count * site.row_bytes].view(site.dtype).reshape(count, site.width)
+        compare(self._source, self._source.vouchers, self._layer, start, rows)
 
-    def _compare(self, start: int, rows: UInt[np.ndarray, "row width"]) -> None:
-        if self._source.vouchers is not None:
-            compare(self._source, self._source.vouchers, self._layer, start, rows)
 
-
-class _Piece(NamedTuple):
-    """Wanted rows `first` to `last - 1`, of one shard: their chunks, rows in these, first bytes in the shard."""
+@dataclasses.dataclass
+class _Piece:
+    """Wanted rows `first` to `last - 1`, of one shard, and their first bytes in it; `chunk` is the first row's."""
 
     block: int
+    chunk: int
     first: int
     last: int
-    chunks: Int64[np.ndarray, " row"]
-    rows: Int64[np.ndarray, " row"]
     starts: Int64[np.ndarray, " row"]
+    lacking: bool = False
+    """Whether some were not in memory when they were announced."""
+
+
+class _Mapping:
+    """A file in this process's memory, for as long as this is there; the file need not stay open, as for `mmap`."""
+
+    def __init__(self, file: int, length: int) -> None:
+        """Raises OSError where it cannot be mapped."""
+        address = _LIBC.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, file, 0)
+        if address is None or address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.address, self._length = int(address), length
+        weakref.finalize(self, _LIBC.munmap, address, length).atexit = False  # another thread may still look at it
+
+    @property
+    def __array_interface__(self) -> dict[str, object]:
+        return {"version": 3, "data": (self.address, True), "shape": (self._length,), "typestr": "|u1"}
+
+    @property
+    def bytes(self) -> UInt8[np.ndarray, " byte"]:
+        """All of the file."""
+        return np.asarray(self)
+
+    def touch(self, starts: Int64[np.ndarray, " place"], length: int) -> None:
+        """Waits until the pages of `length` bytes from each of `starts` are in memory."""
+        ahead = np.append(np.arange(0, length, mmap.PAGESIZE), length - 1)
+        for offset in ahead.tolist():
+            self.bytes[starts + offset].max()
+
+    def expect_single_rows(self) -> None:
+        """Where one is missing in memory after all, its pages alone are to be read."""
+        _LIBC.madvise(self.address, self._length, mmap.MADV_RANDOM)
 
 
 class _Shard:
@@ -208,15 +260,15 @@ class _Shard:
         self._file, self._byte, self._single = file, bytearray(1), False
         weakref.finalize(self, os.close, file)
         status = os.fstat(file)
-        self.identity = hash((status.st_dev, status.st_ino, status.st_mtime_ns))
-        self.view = mmap.mmap(file, status.st_size, prot=mmap.PROT_READ)
+        self.identity, self._length = hash((status.st_dev, status.st_ino, status.st_mtime_ns)), status.st_size
+        self.mapping = _Mapping(file, status.st_size)
 
     @classmethod
     def open(cls, path: Path, tail: bytes, *, length: int) -> "_Shard | None":
         """The file, if it has this length and ends so."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: an empty file cannot be mapped
+        with contextlib.suppress(OSError):  # an empty file cannot be mapped either
             shard = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-            if len(shard.view) == length and os.pread(shard._file, len(tail), length - len(tail)) == tail:
+            if shard._length == length and os.pread(shard._file, len(tail), length - len(tail)) == tail:
                 return shard
         return None
 
@@ -224,7 +276,7 @@ class _Shard:
         """Where one is missing in memory after all, its pages alone are to be read."""
         if sys.platform == "linux" and not self._single:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
-            self.view.madvise(mmap.MADV_RANDOM)
+            self.mapping.expect_single_rows()
             self._single = True
 
     def announce(self, start: int, stop: int) -> None:
@@ -242,6 +294,18 @@ class _Shard:
             except OSError:  # it would have to wait for the disk
                 return True
         return False
+
+
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    library.mmap.argtypes, library.mmap.restype = (address, size, number, number, number, ctypes.c_int64), address
+    library.munmap.argtypes = (address, size)
+    library.madvise.argtypes = (address, size, number)
+    return library
+
+
+_LIBC = _libc()  # Python's own mmap holds a file open for each mapping, and processes may not have many
 
 
 def _runs(values: Int64[np.ndarray, " row"]) -> Iterator[tuple[int, int]]:
@@ -269,10 +333,19 @@ def _most_open(layout: Layout) -> int:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files == resource.RLIM_INFINITY:
         return SHARDS_KEPT
-    layers = sum(site.rows_per_sample for site in layout.sites)
-    return min(max(files // (4 * layers), 4), SHARDS_KEPT)  # a mapped shard is two open files
+    return min(max(files // (2 * _layers(layout)), 4), SHARDS_KEPT)
+
+
+def _most_mapped(layout: Layout) -> int:
+    """Shards of one layer that the rows of one window may lie in; there are two windows."""
+    return max(MAPPINGS // (2 * _layers(layout)), 1)
+
+
+def _layers(layout: Layout) -> int:
+    return sum(site.rows_per_sample for site in layout.sites)
 
 
 def can_map(root: Root, source: Source) -> bool:
     """Whether the shards of a store are local files without compression, in this machine's byte order."""
-    return source.layout.codec != "zstd" and sys.byteorder == "little" and root.path.is_dir()
+    plain = source.layout.codec != "zstd" and source.sample_bytes <= ROW_BYTES
+    return plain and sys.byteorder == "little" and root.path.is_dir()

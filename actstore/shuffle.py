@@ -8,11 +8,13 @@ whole; a batch mixes as many chunks as a window holds. `ExactOrder` is a permuta
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int64, UInt64
 
 _ROUNDS = 10  # enough for pairs of 5 values to pass a chi-square test over the keys, six are not: tests/test_shuffle.py
+_PIECE = 1 << 15  # indices at once: their rounds stay in the core's cache
 
 
 def _mix(values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
@@ -32,7 +34,9 @@ def _keys(words: tuple[int, ...], count: int) -> list[np.uint64]:
 
 @dataclasses.dataclass(frozen=True)
 class Permutation:
-    """A keyed bijection of the integers 0..size-1. Costs O(1) memory, and about 0.2 us per index.
+    """A keyed bijection of the integers 0..size-1. Costs O(1) memory, and about 0.1 us per index.
+
+    Where many times sqrt(size) indices are asked for at once, what a round can give is looked up in a table: 0.03 us.
 
     Equal `key` and `size` give the same permutation on every machine and version of actstore.
     """
@@ -51,28 +55,52 @@ class Permutation:
     def _walk(self, values: Int64[np.ndarray, " n"], *, forward: bool) -> Int64[np.ndarray, " n"]:
         """Encrypts until the value falls into 0..size-1: the domain is less than 4 times the size."""
         half = max((max(self.size - 1, 1).bit_length() + 1) // 2, 1)
-        keys = _keys(self.key, _ROUNDS)
-        out = self._rounds(values.astype(np.uint64), half, keys, forward=forward)
-        outside = np.flatnonzero(out >= np.uint64(self.size))
-        while outside.size:
-            out[outside] = self._rounds(out[outside], half, keys, forward=forward)
-            outside = outside[out[outside] >= np.uint64(self.size)]
-        return out.astype(np.int64)
+        rounds: Sequence[_Round] = [_Round(key, half) for key in _keys(self.key, _ROUNDS)]
+        if len(values) >= 4 << half:  # tables of at most 20 bytes per index
+            rounds = [each.in_a_table() for each in rounds]
+        images = np.empty(len(values), np.int64)
+        for first in range(0, len(values), _PIECE):
+            out = _network(values[first : first + _PIECE].astype(np.uint64), half, rounds, forward=forward)
+            outside = np.flatnonzero(out >= np.uint64(self.size))
+            while outside.size:
+                again = _network(out[outside], half, rounds, forward=forward)
+                out[outside] = again
+                outside = outside[again >= np.uint64(self.size)]
+            images[first : first + _PIECE] = out.view(np.int64)
+        return images
 
-    @staticmethod
-    def _rounds(
-        values: UInt64[np.ndarray, " n"], half: int, keys: list[np.uint64], *, forward: bool
-    ) -> UInt64[np.ndarray, " n"]:
-        """One pass of the Feistel network over 2 * half bits."""
-        mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-        left, right = values >> shift, values & mask
+
+@dataclasses.dataclass(frozen=True)
+class _Round:
+    """What a round of a Feistel network makes of half a value, of `half` bits."""
+
+    key: np.uint64
+    half: int
+    table: UInt64[np.ndarray, " value"] | None = None
+
+    def __call__(self, values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+        if self.table is not None:
+            return np.take(self.table, values.view(np.int64))
         with np.errstate(over="ignore"):
-            for key in keys if forward else reversed(keys):
-                if forward:
-                    left, right = right, left ^ (_mix(right + key) & mask)
-                else:
-                    left, right = right ^ (_mix(left + key) & mask), left
-        return (left << shift) | right
+            return _mix(values + self.key) & np.uint64((1 << self.half) - 1)
+
+    def in_a_table(self) -> "_Round":
+        """The same, looked up."""
+        return dataclasses.replace(self, table=self(np.arange(1 << self.half, dtype=np.uint64)))
+
+
+def _network(
+    values: UInt64[np.ndarray, " n"], half: int, rounds: "Sequence[_Round]", *, forward: bool
+) -> UInt64[np.ndarray, " n"]:
+    """One pass of the Feistel network over 2 * half bits."""
+    shift = np.uint64(half)
+    left, right = values >> shift, values & np.uint64((1 << half) - 1)
+    for each in rounds if forward else reversed(rounds):
+        if forward:
+            left, right = right, left ^ each(right)
+        else:
+            left, right = right ^ each(left), left
+    return (left << shift) | right
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,24 +1,21 @@
 """Windows of an order: what is read at once of some layers, shuffled, one ahead in a thread of its own."""
 
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt, UInt8
+from jaxtyping import Bool, Int64
 
 from actstore.gather import Source, gather
 from actstore.kept import Kept
 from actstore.kvstore import Root
 from actstore.layout import Site
 from actstore.mapped import MappedRows, can_map
-from actstore.moments import as_integers
+from actstore.rows import Memory, RowView
 from actstore.schema import Plan
 from actstore.shuffle import BlockOrder, ExactOrder
 from actstore.vouchers import Vouchers
-
-SCRATCH_BYTES = 16 << 20  # of chunks that are read before the rows of a filter are picked from them
 
 
 class Selection(NamedTuple):
@@ -34,13 +31,12 @@ class Selection(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Epoch positions `first` to `last - 1`: rows as they were read, and the shuffled order to hand them out in."""
+    """Epoch positions `first` to `last - 1`: the rows of the samples that are kept, in shuffled order."""
 
     first: int
     last: int
-    pools: tuple[tuple[UInt[np.ndarray, "row width"], ...], ...]
+    rows: tuple[tuple[RowView, ...], ...]
     """By site and layer."""
-    places: Int64[np.ndarray, " kept"]
     samples: Int64[np.ndarray, " kept"]
     positions: Int64[np.ndarray, " kept"] | None
     """Where each kept sample stands in the epoch; None where all are kept."""
@@ -106,7 +102,7 @@ class Windows:
             self._thread = None
         self._ready.clear()
         for reader in self._readers:
-            reader.spare.clear()
+            reader.memory.clear()
 
     def _after(self, epoch: int, last: int) -> tuple[int, int] | None:
         """Epoch and first position of the window after the one that ends at `last`; None after the last epoch."""
@@ -116,21 +112,17 @@ class Windows:
         return (epoch + 1, 0) if more else None
 
     def _read(self, epoch: int, first: int) -> Window:
-        """Reads one window into buffers, and says where each of its samples lies."""
+        """Reads one window."""
         _, last = self._order.window_at(epoch, first)
         samples, positions = self._order.rows(epoch, first, last), None
         if self._kept is not None:
             kept = self._chosen(self._kept, samples)
             samples, positions = samples[kept], first + np.flatnonzero(kept)
-        if self._kept is not None or isinstance(self._order, ExactOrder):
-            stored, places = np.unique(samples, return_inverse=True)
-            whole = isinstance(self._order, BlockOrder)
-            pools = tuple(reader.rows(stored, whole=whole) for reader in self._readers)
-            return Window(first, last, pools, places, samples, positions)
-        size = self._order.chunk_samples
-        chunks, member = np.unique(samples // size, return_inverse=True)
-        pools = tuple(reader.chunks(chunks) for reader in self._readers)
-        return Window(first, last, pools, member * size + samples % size, samples, None)
+        stored, places = np.unique(samples, return_inverse=True)
+        whole = isinstance(self._order, BlockOrder)
+        return Window(
+            first, last, tuple(reader.rows(stored, places, whole=whole) for reader in self._readers), samples, positions
+        )
 
     @staticmethod
     def _chosen(kept: Kept, samples: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
@@ -146,7 +138,7 @@ def _failed(window: Future[Window]) -> bool:
 
 
 class _Reader:
-    """Reads rows of some layers of one site into fresh buffers: by mapping local files, else through TensorStore."""
+    """Rows of some layers of one site: where local files are mapped, else read into memory through TensorStore."""
 
     def __init__(self, root: Root, plan: Plan, selection: Selection, *, check: bool) -> None:
         self._site, self._layers = selection
@@ -155,65 +147,18 @@ class _Reader:
         self._source = Source.open(root, plan, selection.site.name, vouchers=vouchers)
         mapped = can_map(root, self._source)
         self._mapped = [MappedRows(root, self._source, self._site, layer) for layer in self._layers if mapped]
-        # Memory of windows that were used up: new memory costs as much as reading.
-        self.spare = list[UInt8[np.ndarray, " byte"]]()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has no memory to reuse."""
-        return self.__dict__ | {"spare": []}
+        self.memory = Memory()
 
     def rows(
-        self, samples: Int64[np.ndarray, " row"], *, whole: bool = False
-    ) -> tuple[UInt[np.ndarray, "row width"], ...]:
-        """Some samples, ascending, of every layer. With `whole` their chunks are read and compared whole."""
-        pools = [self._buffer(len(samples)) for _ in self._layers]
-        for number, pool in enumerate(pools):
-            if not self._mapped:
-                gather(self._source, [self._layers[number]], samples, pool.view(self._site.dtype)[None])
-            elif whole:
-                self._pick(self._mapped[number], samples, pool)
-            else:
-                self._mapped[number].take(samples, pool)
-        return self._reused(pools)
+        self, samples: Int64[np.ndarray, " row"], places: Int64[np.ndarray, " wanted"], *, whole: bool
+    ) -> tuple[RowView, ...]:
+        """The rows of every layer at `places` among `samples`, which ascend. With `whole` chunks are compared."""
+        if self._mapped:
+            return tuple(mapped.rows(samples, places, self.memory, whole=whole) for mapped in self._mapped)
+        return tuple(self._read(layer, samples, places) for layer in self._layers)
 
-    def chunks(self, chunks: Int64[np.ndarray, " chunk"]) -> tuple[UInt[np.ndarray, "row width"], ...]:
-        """Whole chunks, ascending, of every layer; only the store's last chunk can be short."""
-        if not self._mapped:
-            return self.rows(self._samples_of(chunks))
-        pools = [self._buffer(len(self._samples_of(chunks))) for _ in self._layers]
-        for mapped, pool in zip(self._mapped, pools, strict=True):
-            mapped.copy(chunks, pool)
-        return self._reused(pools)
-
-    def _pick(self, mapped: MappedRows, samples: Int64[np.ndarray, " row"], out: UInt[np.ndarray, "row width"]) -> None:
-        """Copies chunks, some at a time, and keeps the wanted samples of them."""
-        size = self._source.layout.chunk_samples
-        chunks = np.unique(samples // size)
-        step = max(SCRATCH_BYTES // (size * self._site.row_bytes), 1)
-        scratch = self._buffer(min(step, len(chunks)) * size)
-        for start in range(0, len(chunks), step):
-            group = chunks[start : start + step]
-            first, last = np.searchsorted(samples, [group[0] * size, (group[-1] + 1) * size])
-            stored = self._samples_of(group)
-            mapped.copy(group, scratch[: len(stored)])
-            np.take(scratch, np.searchsorted(stored, samples[first:last]), axis=0, out=out[first:last], mode="clip")
-
-    def _buffer(self, rows: int) -> UInt[np.ndarray, "row width"]:
-        size = rows * self._site.row_bytes
-        fitting = next((place for place, spare in enumerate(self.spare) if spare.nbytes >= size), None)
-        if fitting is None:
-            self.spare.clear()
-        memory = np.empty(size, np.uint8) if fitting is None else self.spare.pop(fitting)
-        return as_integers(memory[:size].view(self._site.dtype).reshape(rows, self._site.width))
-
-    def _reused(self, pools: list[UInt[np.ndarray, "_ width"]]) -> tuple[UInt[np.ndarray, "_ width"], ...]:
-        """The pools, whose memory comes back when nobody looks at them. That of a failed read does not."""
-        for pool in pools:
-            weakref.finalize(pool, self.spare.append, cast("UInt8[np.ndarray, ' byte']", pool.base))
-        return tuple(pools)
-
-    def _samples_of(self, chunks: Int64[np.ndarray, " chunk"]) -> Int64[np.ndarray, " row"]:
-        """The samples of whole chunks, as far as the store goes."""
-        size = self._source.layout.chunk_samples
-        stored = (chunks[:, None] * size + np.arange(size)).reshape(-1)
-        return stored[: np.searchsorted(stored, self._source.layout.samples)]
+    def _read(self, layer: int, samples: Int64[np.ndarray, " row"], places: Int64[np.ndarray, " wanted"]) -> RowView:
+        memory = self.memory.rows(len(samples), self._site.row_bytes)
+        gather(self._source, [layer], samples, memory.view(self._site.dtype)[None])
+        self.memory.take_back(memory)
+        return RowView.of(memory, places)

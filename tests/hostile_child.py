@@ -199,7 +199,8 @@ def batch_of(store: actstore.api.Store, number: int) -> list[str]:
     if number >= len(store.sites):
         return []
     site, layers = store.sites[number].name, store.sites[number].layers
-    with store.batches(site=site, layer=layers[0] if layers else None, batch_size=8, seed=1) as batches:
+    settings = {"batch_size": 8, "seed": 1, "window_bytes": 256 << 20}
+    with store.batches(site=site, layer=layers[0] if layers else None, **settings) as batches:
         batch = batches.next_batch()
     if store.plan.layout != CONTENTS.layout:
         return []

@@ -46,7 +46,7 @@ def main() -> None:
         subprocess.run([*pip, f"{TOP}[demo,dask,grain]", *TOOLS], check=True)
         subprocess.run([other, "-m", "pip", "list"], check=True)
         print("NOT REPEATED on this Python: tests marked slow, of the commit protocol, damage and hostile stores")
-        command = [other, "-m", "pytest", "--numprocesses", "2", "--dist", "loadgroup", "-q", "-m", "not slow"]
+        command = [other, "-m", "pytest", "--numprocesses", "2", "--dist", "loadfile", "-q", "-m", "not slow"]
         tests = subprocess.run(command, cwd=TOP)
         sys.exit(tests.returncode)
 

@@ -96,7 +96,8 @@ LOADERS = {
 @pytest.mark.parametrize("name", FINISHED)
 def test_batches_of_a_golden_store_never_change(name):
     """The order is part of what is promised: a saved loader state of last year goes on as it would have."""
-    with actstore.open(golden(name)).batches(batch_size=4, layer=3, seed=7, epochs=1) as batches:
+    settings = {"batch_size": 4, "layer": 3, "seed": 7, "epochs": 1, "window_bytes": 512 << 20}
+    with actstore.open(golden(name)).batches(**settings) as batches:
         first = batches.next_batch()
         assert first.samples.tolist() == [1, 4, 9, 5]
         np.testing.assert_array_equal(first.rows.astype(np.float64), values(8, (1, 3))[1][first.samples])

@@ -20,7 +20,7 @@ import pytest
 from hostile import CASES, Case, make_sound
 from hostile_child import CAP_BYTES, UNGUARDED
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hostile")]  # the stores are tried once
+pytestmark = pytest.mark.slow
 
 MOST_BYTES = 1_000_000_000  # resident, with Python and all libraries
 MOST_SECONDS = 5.0  # of all processors together: others may use this machine too

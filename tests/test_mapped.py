@@ -23,16 +23,16 @@ from actstore import Layout, Site
 from actstore.errors import CorruptStoreError
 from actstore.gather import Source, gather
 from actstore.kvstore import Root
-from actstore.mapped import AHEAD_BYTES, REQUEST_BYTES, RUN_BYTES, MappedRows, _ahead, _Shard
-from actstore.moments import as_integers
+from actstore.mapped import AHEAD_BYTES, REQUEST_BYTES, ROW_BYTES, MappedRows, _ahead, _Shard, can_map
+from actstore.rows import Memory
 from actstore.vouchers import Vouchers
 
 WIDE = Layout(  # chunks of 128 KiB and more: copied with a call each where much of them is wanted
     (Site("resid_post", 512, (0, 3)), Site("mlp_out", 512, (3,), "float16"), Site("attn_out", 512, None, "float32")),
     samples=1000, block_samples=384, chunk_samples=128, columns=(),
 )  # fmt: skip
-HUGE = Layout((Site("x", 2 * REQUEST_BYTES // 4 + 3, None, "float32"),), 7, 4, 2, ())  # a row of two requests
-LAYOUTS = {"small": LAYOUT, "wide": WIDE, "huge": HUGE}
+LARGE = Layout((Site("x", ROW_BYTES // 4, None, "float32"),), 47, 32, 16, ())  # a chunk of two requests
+LAYOUTS = {"small": LAYOUT, "wide": WIDE, "large": LARGE}
 
 
 @pytest.fixture(scope="module", params=itertools.product(LAYOUTS, ["crc32c", "none"]), ids="-".join)
@@ -55,19 +55,14 @@ def gathered(url: Path, site: Site, layer: int, samples: np.ndarray) -> bytes:
     return out.tobytes()
 
 
-def taken(rows: MappedRows, site: Site, samples: np.ndarray) -> bytes:
-    out = as_integers(np.zeros((len(samples), site.width), site.dtype))
-    rows.take(samples, out)
-    return out.tobytes()
+def taken(rows: MappedRows, site: Site, samples: np.ndarray, *, whole: bool = False) -> bytes:
+    found = rows.rows(samples, np.arange(len(samples)), Memory(), whole=whole)
+    return found.taken(slice(None), site.dtype).tobytes()
 
 
-def copied(rows: MappedRows, site: Site, layout: Layout, chunks: np.ndarray) -> tuple[np.ndarray, bytes]:
-    """The samples of the chunks, and their bytes."""
+def samples_of(layout: Layout, chunks: np.ndarray) -> np.ndarray:
     size = layout.chunk_samples
-    samples = np.concatenate([np.arange(c * size, min((c + 1) * size, layout.samples)) for c in chunks.tolist()])
-    out = as_integers(np.zeros((len(samples), site.width), site.dtype))
-    rows.copy(chunks, out)
-    return samples, out.tobytes()
+    return np.concatenate([np.arange(c * size, min((c + 1) * size, layout.samples)) for c in chunks.tolist()])
 
 
 def rows_of_all(layout: Layout) -> Iterator[tuple[Site, int]]:
@@ -85,30 +80,65 @@ def choices(count: int) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("check", [True, False])
-def test_single_rows_are_those_of_gather(made: tuple[Contents, Path], check: bool) -> None:
-    contents, url = made
-    for site, layer in rows_of_all(contents.layout):
-        rows = mapped(url, site, layer, check=check)
-        for samples in choices(contents.layout.samples).values():
-            assert taken(rows, site, samples) == gathered(url, site, layer, samples)
-
-
-@pytest.mark.parametrize("check", [True, False])
-def test_whole_chunks_are_those_of_gather(made: tuple[Contents, Path], check: bool) -> None:
+def test_rows_are_those_of_gather(made: tuple[Contents, Path], check: bool, whole: bool) -> None:
     contents, url = made
     layout = contents.layout
     for site, layer in rows_of_all(layout):
         rows = mapped(url, site, layer, check=check)
-        for chunks in choices(-(-layout.samples // layout.chunk_samples)).values():
-            samples, found = copied(rows, site, layout, chunks)
-            assert found == gathered(url, site, layer, samples)
+        chosen = [*choices(layout.samples).values()]
+        chosen += [
+            samples_of(layout, chunks) for chunks in choices(-(-layout.samples // layout.chunk_samples)).values()
+        ]
+        for samples in chosen:
+            assert taken(rows, site, samples, whole=whole) == gathered(url, site, layer, samples)
 
 
-def test_both_ways_to_copy_single_rows_are_taken() -> None:
-    row_bytes = WIDE.sites[0].row_bytes
-    assert WIDE.chunk_samples * row_bytes >= RUN_BYTES > LAYOUT.chunk_samples * LAYOUT.sites[0].row_bytes
-    assert HUGE.sites[0].row_bytes > REQUEST_BYTES
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("most", [1, 2, 4096])
+def test_rows_of_more_shards_than_may_stay_mapped_are_the_same(
+    made: tuple[Contents, Path], monkeypatch: pytest.MonkeyPatch, most: int, whole: bool
+) -> None:
+    """In any order, some of them more than once; memory is used again when nobody looks at it, and not before."""
+    contents, url = made
+    layout, memory, rng = contents.layout, Memory(), np.random.default_rng(0)
+    monkeypatch.setattr("actstore.mapped._most_mapped", lambda layout: most)
+    site = layout.sites[0]
+    rows, held = mapped(url, site), []
+    for _ in range(6):
+        samples = np.sort(rng.choice(layout.samples, max(layout.samples * 2 // 3, 1), replace=False))
+        places = rng.integers(0, len(samples), 2 * layout.samples)
+        found = rows.rows(samples, places, memory, whole=whole)
+        held = [*held[-1:], (found, gathered(url, site, 0, samples), places)]
+        for view, expected, wanted in held:
+            expected_rows = np.frombuffer(expected, f"V{site.row_bytes}")[wanted]
+            assert view.taken(slice(None), site.dtype).tobytes() == expected_rows.tobytes()
+            out = np.zeros((len(wanted), 2, site.width), site.dtype)
+            view.copy(slice(3, None), out[3:, 1])
+            assert out[3:, 1].tobytes() == expected_rows[3:].tobytes()
+            assert not out[:3].any()
+            assert not out[:, 0].any()
+
+
+def test_no_rows_are_no_rows(made: tuple[Contents, Path]) -> None:
+    contents, url = made
+    site, none = contents.layout.sites[0], np.arange(0)
+    assert mapped(url, site).rows(none, none, Memory()).taken(slice(None), site.dtype).shape == (0, site.width)
+
+
+def test_a_chunk_of_two_requests_is_among_these() -> None:
+    assert LARGE.chunk_samples * LARGE.sites[0].row_bytes > REQUEST_BYTES
+
+
+def test_rows_that_are_too_large_are_read_as_in_every_store(tmp_path: Path) -> None:
+    layout = Layout((Site("x", ROW_BYTES // 4 + 1, None, "float32"),), 7, 4, 2, ())
+    contents = make_contents(layout, documents=False)
+    store = actstore.open(contents.write(tmp_path / "run.acts.zarr"))
+    assert not can_map(Root.of(tmp_path / "run.acts.zarr"), Source.open(store._root, store.plan, "x", vouchers=None))
+    with store.batches(batch_size=7, site="x", epochs=1, seed=0) as loader:
+        batch = loader.next_batch()
+    np.testing.assert_array_equal(batch.rows, contents.rows["x"][batch.samples])
 
 
 # What is not in memory
@@ -134,8 +164,8 @@ def test_rows_that_are_not_in_memory_are_the_same(made: tuple[Contents, Path]) -
             forget(url / site.name)
             assert taken(mapped(url, site, layer), site, samples) == expected
         forget(url / site.name)
-        chunks = np.arange(-(-layout.samples // layout.chunk_samples))
-        samples, found = copied(mapped(url, site, layer), site, layout, chunks)
+        samples = np.arange(layout.samples)
+        found = taken(mapped(url, site, layer), site, samples, whole=True)
         assert found == gathered(url, site, layer, samples)
 
 
@@ -280,35 +310,31 @@ def damaged(tmp_path: Path) -> tuple[Contents, Path]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("way", ["take", "copy"])
-def test_a_wrong_shard_is_an_error_of_its_block(damaged: tuple[Contents, Path], way: str, damage: str) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_wrong_shard_is_an_error_of_its_block(damaged: tuple[Contents, Path], whole: bool, damage: str) -> None:
     contents, url = damaged
-    site, layout = contents.layout.sites[0], contents.layout
+    site = contents.layout.sites[0]
     DAMAGES[damage](url / SHARD)
     rows = mapped(url, site, 1)
     with pytest.raises(CorruptStoreError, match=r"resid_post, layer 5, block 2 of .*run `actstore verify`"):
-        taken(rows, site, np.array([3, 33, 34])) if way == "take" else copied(rows, site, layout, np.array([0, 8, 9]))
+        taken(rows, site, np.array([3, 33, 34]), whole=whole)
     other = np.array([3, 20])
     assert taken(rows, site, other) == contents.rows["resid_post"][1, other].tobytes()
 
 
-@pytest.mark.parametrize("way", ["take", "copy"])
-def test_a_shard_that_was_repaired_is_read_again(damaged: tuple[Contents, Path], way: str) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_shard_that_was_repaired_is_read_again(damaged: tuple[Contents, Path], whole: bool) -> None:
     """The wrong file is open when the right one takes its place."""
     contents, url = damaged
-    site, layout, path = contents.layout.sites[0], contents.layout, url / SHARD
+    site, path = contents.layout.sites[0], url / SHARD
     expected = contents.rows["resid_post"][1]
-    whole, rows = url / "whole", mapped(url, site, 1)
-    shutil.copy(path, whole)
+    sound, rows = url / "sound", mapped(url, site, 1)
+    shutil.copy(path, sound)
     DAMAGES["another's"](path)
     with pytest.raises(CorruptStoreError):
-        copied(rows, site, layout, np.array([8]))
-    whole.replace(path)
-    if way == "take":
-        assert taken(rows, site, np.array([33, 34])) == expected[[33, 34]].tobytes()
-    else:
-        samples, found = copied(rows, site, layout, np.array([8, 9]))
-        assert found == expected[samples].tobytes()
+        taken(rows, site, np.array([33]), whole=True)
+    sound.replace(path)
+    assert taken(rows, site, np.array([33, 34]), whole=whole) == expected[[33, 34]].tobytes()
 
 
 def test_a_flipped_bit_in_a_whole_chunk_is_found_and_in_a_single_row_is_not(damaged: tuple[Contents, Path]) -> None:
@@ -319,6 +345,6 @@ def test_a_flipped_bit_in_a_whole_chunk_is_found_and_in_a_single_row_is_not(dama
         file.write(b"\xff")
     rows, first = mapped(url, site, 1), 2 * layout.block_samples
     with pytest.raises(CorruptStoreError, match="layer 5, block 2 "):
-        copied(rows, site, layout, np.array([first // layout.chunk_samples + 3]))
+        taken(rows, site, np.array([first + 3 * layout.chunk_samples]), whole=True)
     samples = np.arange(first, first + layout.block_samples)
     assert taken(rows, site, samples) != contents.rows["resid_post"][1, samples].tobytes()

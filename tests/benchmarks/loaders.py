@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-BATCH, CONTEXT, WINDOW_BYTES = 4096, 128, 256 << 20
-STORE_BYTES = 940_000_000  # three and a half windows
+BATCH, CONTEXT = 4096, 128
+SMALL_WINDOW_BYTES = 512 << 20  # both halves
+STORE_BYTES = 940_000_000  # one window as it is by default in block order, three and a half small ones
 PEER_BYTES = 470_000_000  # of the same rows, the first ones: less disk
 SECONDS = 4.0  # a slow way reads no longer in one turn, but two batches
 HOOK = "blocks.0.hook_resid_post"
@@ -61,10 +62,11 @@ def numbers_of(rows: np.ndarray) -> np.ndarray:
     return sum((rows[:, word].astype(np.int64) & 127) << 7 * word for word in range(3))
 
 
-def with_actstore(data: Data, place: Path, *, order: str) -> Iterator[np.ndarray]:
+def with_actstore(data: Data, place: Path, *, order: str, window_bytes: int | None = None) -> Iterator[np.ndarray]:
     import actstore
 
-    with actstore.open(data.store).batches(batch_size=BATCH, seed=0, order=order) as batches:
+    settings: dict[str, Any] = {"batch_size": BATCH, "seed": 0, "order": order, "window_bytes": window_bytes}
+    with actstore.open(data.store).batches(**settings) as batches:
         for rows in batches:
             yield rows.view(np.uint16)
 
@@ -103,7 +105,7 @@ def with_tensorstore(data: Data, place: Path) -> Iterator[np.ndarray]:
     array, random = ts.open(spec, open=True).result()[0], np.random.default_rng(0)
     size = array.chunk_layout.read_chunk.shape[0]
     chunks = array.shape[0] // size
-    window = WINDOW_BYTES // (2 * data.width * size)
+    window = SMALL_WINDOW_BYTES // 2 // (2 * data.width * size)
 
     def start(chosen: np.ndarray) -> tuple[np.ndarray, list[Any]]:
         pool = np.empty((len(chosen) * size, data.width), array.dtype.numpy_dtype)
@@ -257,16 +259,19 @@ class Way:
     package: str
     read: Callable[..., Iterator[np.ndarray]]
     write: Callable[[Data, Path], None] | None = None
-    settings: dict[str, str] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     cold_batches: Callable[[Data], int] | None = None
 
 
 def one_window(data: Data) -> int:
-    return WINDOW_BYTES // (2 * data.width * BATCH)
+    return SMALL_WINDOW_BYTES // 2 // (2 * data.width * BATCH)
 
 
 WAYS = {
     "actstore, block order": Way("actstore", with_actstore, settings={"order": "block"}),
+    "actstore, small windows": Way(
+        "actstore", with_actstore, settings={"order": "block", "window_bytes": SMALL_WINDOW_BYTES}
+    ),
     "actstore, exact order": Way("actstore", with_actstore, settings={"order": "exact"}, cold_batches=one_window),
     "np.take in RAM": Way("numpy", with_take, cold_batches=lambda _: 0),
     "np.memmap random rows": Way("numpy", with_memmap, cold_batches=lambda _: 1),

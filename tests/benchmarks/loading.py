@@ -26,7 +26,7 @@ import numpy as np
 import actstore
 from actstore import Layout, Site
 from tests.benchmarks.environments import ENVIRONMENTS, TOP
-from tests.benchmarks.loaders import BATCH, CONTEXT, PEER_BYTES, STORE_BYTES, WAYS, WINDOW_BYTES, Data, numbered
+from tests.benchmarks.loaders import BATCH, CONTEXT, PEER_BYTES, SMALL_WINDOW_BYTES, STORE_BYTES, WAYS, Data, numbered
 from tests.benchmarks.timing import remove
 
 WIDTHS = (896, 4096)
@@ -226,13 +226,13 @@ def status(field):
     return 1024 * int(re.search(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-url, order = sys.argv[1:]
+url, order, window_bytes = *sys.argv[1:3], int(sys.argv[3])
 store, own = actstore.open(url), 0
 with store.batches(batch_size=64, seed=1, order=order, window_bytes=1 << 20) as batches:
     next(batches)  # all libraries are in memory before it counts
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: man 5 proc
 before, own_before = status("VmRSS"), status("RssAnon")
-with store.batches(batch_size=4096, seed=0, order=order, epochs=1) as batches:
+with store.batches(batch_size=4096, seed=0, order=order, epochs=1, window_bytes=window_bytes) as batches:
     for rows in batches:
         time.sleep(0.03)  # a trainer: the next window is there before this one is used up
         own = max(own, status("RssAnon") - own_before)
@@ -245,9 +245,9 @@ def memory(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with made(folder / "read-memory", WIDTHS[0]) as data:
         for order in ("block", "exact"):
-            command = [sys.executable, "-c", ITERATE, str(data.store), order]
+            command = [sys.executable, "-c", ITERATE, str(data.store), order, str(SMALL_WINDOW_BYTES)]
             told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            told["allowed"] = WINDOW_BYTES + 3 * told.pop("batch") + ADDED_BYTES
+            told["allowed"] = SMALL_WINDOW_BYTES + 3 * told.pop("batch") + ADDED_BYTES
             found[order] = told
             print(
                 f"read memory    {order:<6} " + ", ".join(f"{key} {value / 1e6:,.0f} MB" for key, value in told.items())
