@@ -8,11 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actstore.api import Store, TokenInContext, append, create, open  # noqa: A004  reads as `actstore.open`
+    from actstore.api import Store, append, create, open  # noqa: A004  reads as `actstore.open`
     from actstore.batches import Batch, Batches
     from actstore.errors import ActstoreError
     from actstore.filters import Filter
     from actstore.layout import Column, Layout, Site
+    from actstore.lookup import TokenInContext
     from actstore.norms import NormStatistics
     from actstore.schema import Plan
     from actstore.table import DocumentTable
@@ -31,7 +32,7 @@ _WHERE = {
     "Plan": "schema",
     "Site": "layout",
     "Store": "api",
-    "TokenInContext": "api",
+    "TokenInContext": "lookup",
     "Writer": "writer",
     "append": "api",
     "create": "api",

@@ -1,38 +1,30 @@
 """`actstore.open` and `actstore.create`: the few calls most programs need, over the modules that do the work."""
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Int, Int64
+from jaxtyping import Int
 
+from actstore import accessor  # noqa: F401  datasets have `.acts` then
 from actstore.batches import Array, Batches, Order
-from actstore.errors import InputError, UnfinishedStoreError, UnknownNameError
+from actstore.errors import InputError, UnknownNameError
 from actstore.filters import Filter
 from actstore.generations import extend
 from actstore.kept import Kept, norm_statistics
 from actstore.kvstore import Root
 from actstore.layout import Layout, Site
-from actstore.ledger import appended_plan, committed_blocks, committed_ranges, lineage, read_plan, read_status
+from actstore.ledger import appended_plan, committed_blocks, lineage, read_plan, read_status
+from actstore.lookup import TokenInContext, column, in_context
 from actstore.norms import NormStatistics
-from actstore.reader import check_complete, open_dataset, read_column
+from actstore.reader import check_complete, open_dataset
 from actstore.scaling import Normalization
 from actstore.schema import Plan
 from actstore.table import DocumentTable, StoredDocuments, refuse_known_ids, write_table
 from actstore.windows import Selection
 from actstore.writer import Writer
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenInContext:
-    """One token with the text around it, exactly as it stands in its document."""
-
-    before: str
-    token: str
-    after: str
 
 
 class Store:
@@ -243,12 +235,7 @@ class Store:
             UnknownNameError: no such column.
             InputError: a row does not exist.
         """
-        wanted = self._existing(rows)
-        names = [column.name for column in self.plan.layout.columns]
-        if name not in names:
-            raise UnknownNameError(f"column {name!r} is not in this store; it holds {', '.join(names) or 'none'}")
-        self._check_committed(wanted)
-        return read_column(self._root, self.plan, name, wanted)
+        return column(self._root, self.plan, name, rows)
 
     def stats(
         self, *, site: str = "resid_post", layer: int | None = None, where: Filter | None = None, check: bool = True
@@ -275,19 +262,6 @@ class Store:
         kept = Kept(self._root, self.plan, where, [(found, index)], check=check) if where is not None else None
         return norm_statistics(self._root, self.plan, found, index, kept=kept, check=check)
 
-    def _check_committed(self, rows: Int[np.ndarray, " n"]) -> None:
-        """Refuses rows of an unfinished store that are not written yet. Costs one read, one listing if unfinished."""
-        if self.complete:
-            return
-        starts, stops = np.array([(0, 0), *committed_ranges(self._root, self.plan)]).T
-        waiting = rows >= stops[np.searchsorted(starts, rows, side="right") - 1]
-        if waiting.any():
-            block = int(rows[waiting].min()) // self.plan.layout.block_samples
-            raise UnfinishedStoreError(
-                f"{self.url} is unfinished: block {block} of the rows asked for is not committed; run the "
-                "command that writes it again, or ask for other rows"
-            )
-
     def text(self, rows: Sequence[int] | Int[np.ndarray, " n"], *, window: int = 16) -> list[TokenInContext]:
         """Each row's token with up to `window` tokens before and after it, from the stored texts: no tokenizer needed.
 
@@ -297,28 +271,7 @@ class Store:
             UnknownNameError: the store was made without documents.
             InputError: a row does not exist, or its document or position does not.
         """
-        wanted = self._existing(rows)
-        if window < 0:
-            raise InputError(f"window is {window}; expected a number of tokens, 0 or more")
-        stored = self.documents
-        places = zip(self.column("document", wanted), self.column("position", wanted), strict=True)
-        found: dict[int, tuple[bytes, np.ndarray]] = {}
-        shown = []
-        for document, position in places:
-            if document not in found:
-                text = stored.strings("text", np.array([document]))[0].encode()
-                found = {int(document): (text, stored.tokens(int(document))[1])}  # rows come in runs of one document
-            text, spans = found[int(document)]
-            if not 0 <= position < len(spans):
-                raise InputError(f"a sample is token {position} of document {document}, which has {len(spans)} tokens")
-            shown.append(_in_context(text, spans, int(position), window))
-        return shown
-
-    def _existing(self, rows: Sequence[int] | Int[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        wanted = np.atleast_1d(np.asarray(rows, np.int64))
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.samples):
-            raise InputError(f"rows {wanted.min()} to {wanted.max()} asked for; this store has 0 to {self.samples - 1}")
-        return wanted
+        return in_context(self._root, self.plan, self.documents, rows, window=window)
 
 
 def open(url: str | os.PathLike[str], *, partial: bool = False) -> Store:  # noqa: A001  reads as `actstore.open`
@@ -427,14 +380,3 @@ def _selection(site: Site, labels: Sequence[int] | None) -> Selection:
     if site.layers is None:
         return Selection(site, (0,))
     return Selection(site, tuple(map(site.layer_index, site.layers if labels is None else labels)))
-
-
-def _in_context(text: bytes, spans: np.ndarray, position: int, window: int) -> TokenInContext:
-    """Cuts before, token and after out of the UTF-8 of a document, at whole characters."""
-    first, last = max(position - window, 0), min(position + window, len(spans) - 1)
-    start, end = (int(edge) for edge in spans[position])
-    return TokenInContext(
-        text[int(spans[first][0]) : start].decode(errors="replace"),
-        text[start:end].decode(errors="replace"),
-        text[end : int(spans[last][1])].decode(errors="replace"),
-    )

@@ -26,6 +26,7 @@ from actstore.errors import (
     SealedStoreError,
     StoreNotFoundError,
     UnfinishedStoreError,
+    UnknownNameError,
 )
 from actstore.generations import added_sites, first_layer, leads_to
 from actstore.kvstore import Root
@@ -304,6 +305,25 @@ def write_assets(root: Root, plan: Plan, assets: Mapping[str, bytes]) -> None:
         raise InputError(f"assets: found {sorted(assets)}, the plan has others ({sorted(plan.assets)}); plan again")
     for name, data in assets.items():
         root.create(f"assets/{name}", data)
+
+
+def read_asset(root: Root, plan: Plan, name: str) -> bytes:
+    """A small file that is kept with the store, compared with its digest in the plan.
+
+    Raises:
+        UnknownNameError: the store has no such file.
+        CorruptStoreError: it is missing or damaged.
+    """
+    if name not in plan.assets:
+        raise UnknownNameError(
+            f"{root.url} holds no file {name!r}; it holds {', '.join(sorted(plan.assets)) or 'none'}"
+        )
+    data = root.read(f"assets/{name}")
+    if data is None or hashlib.sha256(data).hexdigest() != plan.assets[name]:
+        raise CorruptStoreError(
+            f"assets/{name} of {root.url} is missing or not what the plan says; run `actstore verify`"
+        )
+    return data
 
 
 def checksum(values: Shaped[np.ndarray, "..."]) -> str:

@@ -19,6 +19,8 @@ from actstore.objects import Objects
 from actstore.schema import Plan
 from actstore.vouchers import Vouchers
 
+ROW = "row"  # the coordinate that says which sample of the store each is, unless the store has its own of this name
+
 
 class Committed:
     """The samples of an unfinished store that are committed, numbered without the gaps. Costs 24 bytes per block."""
@@ -71,6 +73,24 @@ class LazyArray(BackendArray):
         gather(self._source, layers, samples, out, width=_as_index(rest[0], self.shape[-1]) if rest else slice(None))
         kept = [len(axis) for index, axis in zip(key, axes, strict=True) if not isinstance(index, int | np.integer)]
         return out.reshape(kept)
+
+
+class RowNumbers(BackendArray):
+    """Which sample of the store each of a dataset's is, without memory for it."""
+
+    def __init__(self, samples: int, committed: Committed | None) -> None:
+        self.shape, self.dtype = (samples if committed is None else len(committed),), np.dtype(np.int64)
+        self._committed = committed
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Shaped[np.ndarray, "..."]:
+        """What xarray calls."""
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Shaped[np.ndarray, "..."]:
+        (index,) = key
+        samples = _chosen(index, self.shape[0])
+        numbers = np.asarray(samples if self._committed is None else self._committed.stored(samples), np.int64)
+        return numbers[0] if isinstance(index, int | np.integer) else numbers
 
 
 class ActstoreBackend(BackendEntrypoint):
@@ -155,10 +175,15 @@ def open_dataset(
         else:
             source = Source(root.open_array(name, spec), name, plan.layout, root.url, vouchers)
             variables[name] = _variable(source, spec, raw=raw, committed=committed)
+    if ROW not in metadata and ROW not in drop:
+        numbers = indexing.LazilyIndexedArray(RowNumbers(plan.layout.samples, committed))
+        variables[ROW] = xr.Variable(["sample"], numbers, {"long_name": "sample of the store"})
     dataset = xr.Dataset(
         variables, attrs=group_metadata(plan, status="complete" if complete else "writing")["attributes"]
     )
-    return dataset.set_coords([column.name for column in plan.layout.columns if column.name in variables])
+    dataset.encoding["source"] = root.url
+    names = [column.name for column in plan.layout.columns if column.name in variables]
+    return dataset.set_coords([*names, *({ROW} & variables.keys())])
 
 
 def read_column(root: Root, plan: Plan, name: str, samples: Int64[np.ndarray, " row"]) -> Shaped[np.ndarray, " row"]:

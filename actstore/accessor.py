@@ -1,0 +1,304 @@
+"""`dataset.acts`: a store's dataset asked as researchers think, by hook, document, position, token, split or score.
+
+It works on the whole dataset and on what was selected from it: the coordinate `row` says which samples of the store are
+there. What needs the store (documents, texts, tokens) reads it from the address that the dataset was opened with.
+"""
+
+import functools
+import heapq
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Bool, Int64, Shaped
+
+from actstore.errors import InputError, UnknownNameError
+from actstore.filters import Filter
+from actstore.hooks import Place, place_of
+from actstore.kept import Kept
+from actstore.kvstore import Root
+from actstore.layout import Site
+from actstore.ledger import read_asset, read_plan
+from actstore.lookup import TokenInContext, in_context, token_ids
+from actstore.moments import to_float32
+from actstore.reader import ROW, check_complete
+from actstore.runs import DocumentRuns
+from actstore.schema import Plan
+from actstore.shuffle import Permutation
+from actstore.table import StoredDocuments
+
+SCORED_BYTES = 64 << 20  # of rows in float32 that a score is asked for at once
+
+Score = Callable[[Shaped[np.ndarray, "row width"]], Shaped[np.ndarray, " row"]]
+
+
+class Opened:
+    """The store behind a dataset. Its document runs are read once."""
+
+    def __init__(self, url: str) -> None:
+        """Reads the plan."""
+        self.root = Root.of(url)
+        self.plan: Plan = read_plan(self.root, unfinished=True)
+
+    @functools.cached_property
+    def documents(self) -> StoredDocuments:
+        """Raises UnknownNameError where there are none."""
+        if not any(table is not None for table in self.plan.tables):
+            raise UnknownNameError(f"{self.root.url} holds no documents; it was made without")
+        return StoredDocuments(self.root, self.plan)
+
+    @functools.cached_property
+    def runs(self) -> DocumentRuns:
+        """Costs reading the column `document`, once."""
+        if "document" not in {column.name for column in self.plan.layout.columns}:
+            raise UnknownNameError(f"{self.root.url} has no column 'document'; its samples are of no documents")
+        return DocumentRuns.read(self.root, self.plan)
+
+    @functools.cached_property
+    def ids(self) -> dict[str, list[int]]:
+        """Documents by their ids. Costs reading all ids, once."""
+        found: dict[str, list[int]] = {}
+        for number, name in enumerate(self.documents.strings("id", np.arange(len(self.documents)))):
+            found.setdefault(name, []).append(number)
+        return found
+
+    def model_layers(self) -> int | None:
+        """Layers of the model, by the configuration that is kept with the store; None where it is not."""
+        if "config.json" not in self.plan.assets:
+            return None
+        config = json.loads(read_asset(self.root, self.plan, "config.json"))
+        count = config.get("num_hidden_layers", config.get("n_layer"))
+        return count if isinstance(count, int) else None
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(url: str, fingerprint: str) -> Opened:
+    """Refuses a store that is another one now.
+
+    Raises:
+        InputError: says so.
+    """
+    opened = Opened(url)
+    if opened.plan.fingerprint != fingerprint:
+        raise InputError(f"{url} is another store than the one this dataset was opened from; open it again")
+    return opened
+
+
+@xr.register_dataset_accessor("acts")  # type: ignore[no-untyped-call]
+class Acts:
+    """Selections of a store's dataset, as `dataset.acts`."""
+
+    def __init__(self, dataset: xr.Dataset) -> None:
+        """Made by xarray. Reads nothing."""
+        self._dataset = dataset
+
+    def __getitem__(self, name: str) -> xr.DataArray:
+        """The rows [sample, hidden] at one place of the model, lazily, by the name that any library has for it.
+
+        `blocks.12.hook_resid_post` (TransformerLens), `model.layers.12` (modules of transformers), `hidden_states[13]`,
+        `layers_output[12]` (nnterp), `resid_post[12]`; or a site alone where it has one layer or none.
+
+        Raises:
+            UnknownNameError: nothing has this name, or the store does not hold it.
+            InputError: it means several places.
+        """
+        place = self.place(name)
+        if place.site not in self._dataset:
+            raise UnknownNameError(f"{name!r} is site {place.site!r}, which was left out of this dataset")
+        rows = self._dataset[place.site]
+        if place.layer is None:
+            return rows
+        there = self._labels(self._store.plan.layout.site(place.site))
+        if place.layer not in there:
+            raise UnknownNameError(f"{name!r} is layer {place.layer}; this dataset was cut to layers {there}")
+        dimension = self._store.plan.layout.layer_dimension(self._store.plan.layout.site(place.site))
+        return rows.isel({dimension: there.index(place.layer)}) if dimension in rows.dims else rows
+
+    def place(self, name: str) -> Place:
+        """The site and layer that a hook's name means."""
+        return place_of(name, self._store.plan.layout, model_layers=self._store.model_layers)
+
+    @property
+    def rows(self) -> Int64[np.ndarray, " sample"]:
+        """Which samples of the store this dataset has, in its order. Costs 8 bytes for each.
+
+        Raises:
+            InputError: the dataset does not say so.
+        """
+        if ROW in {column.name for column in self._store.plan.layout.columns}:
+            raise InputError(
+                f"{self._store.root.url} has a column {ROW!r} of its own, so that rows are not numbered here"
+            )
+        if ROW not in self._dataset.coords or self._dataset.coords[ROW].dims != ("sample",):
+            raise InputError(f"the dataset has no coordinate {ROW!r} along 'sample': it does not say which rows it has")
+        return self._dataset.coords[ROW].to_numpy()
+
+    def sel(
+        self,
+        *,
+        document: int | str | Iterable[int | str] | None = None,
+        token: str | Iterable[str] | None = None,
+        split: Sequence[int | float] | None = None,
+        where: Filter | None = None,
+        **columns: Any,
+    ) -> xr.Dataset:
+        """The samples for which everything holds that is said, lazily, in their order.
+
+        Args:
+            document: numbers or ids of documents.
+            token: text of tokens, with the spaces that belong to them, by the stored tokenizer.
+            split: (start, stop) of 0 to 1, as in `actstore.Filter`.
+            where: a filter, instead of what follows.
+            columns: what is wanted of columns of samples or documents: a value, several, or for numbers a `slice` with
+                both its ends, as in `actstore.Filter`.
+
+        Documents are found by runs, for which the column `document` is read once, 4 bytes per sample. Other columns are
+        read in the blocks where samples are left.
+
+        Raises:
+            UnknownNameError: no such column, document or token.
+            InputError: something is wanted of a column that it cannot be.
+        """
+        chosen = np.arange(self._dataset.sizes["sample"])
+        rows = self.rows
+        if document is not None:
+            found = self._store.runs.samples(self._documents(_listed(document)))
+            kept = np.isin(rows, found)
+            chosen, rows = chosen[kept], rows[kept]
+        if token is not None:
+            if "token_id" in columns:
+                raise InputError(f"token={token!r} and token_id= were given; give one of them")
+            texts = _listed(token)
+            store = self._store
+            columns["token_id"] = [each for text in texts for each in token_ids(store.root, store.plan, text)]
+        if columns or split is not None:
+            if where is not None:
+                raise InputError(f"where= and {', '.join(columns) or 'split'} were given; say all of it in the filter")
+            where = Filter(split=split or (0, 1), keep=columns)
+        if where is not None:
+            kept = self._kept(where, rows)
+            chosen = chosen[kept]
+        return self._dataset.isel(sample=chosen)
+
+    def sample(self, count: int, *, seed: int = 0) -> xr.Dataset:
+        """Some samples of this dataset, drawn at random without replacement, ascending. The same for the same seed.
+
+        Raises:
+            InputError: the dataset has fewer.
+        """
+        there = self._dataset.sizes["sample"]
+        if not 0 <= count <= there:
+            raise InputError(f"{count:,} samples were asked for; this dataset has {there:,}")
+        drawn = Permutation(there, (seed, 4))(np.arange(count)) if count else np.arange(0)
+        return self._dataset.isel(sample=np.sort(drawn))
+
+    def top(
+        self, score: Score | xr.DataArray | Shaped[np.ndarray, " sample"], count: int = 10, *, hook: str | None = None
+    ) -> xr.Dataset:
+        """The samples with the highest scores, best first, with their scores as the coordinate `score`.
+
+        Args:
+            score: one number per sample; or a function of rows [row, hidden] in float32 that gives one for each, such
+                as the activation of a feature. NaN is never among the best.
+            count: how many, at most.
+            hook: whose rows the function takes.
+
+        A function is given 64 MiB of rows at a time; memory does not grow with the store.
+
+        Raises:
+            InputError: the scores are not one per sample, or a function comes without `hook`.
+        """
+        best = list[tuple[float, int]]()
+        for first, values in self._scores(score, hook):
+            scores = np.asarray(values, np.float64)
+            places = np.argsort(-scores, kind="stable")[:count]
+            places = places[~np.isnan(scores[places])]
+            found = zip(scores[places].tolist(), (-(first + places)).tolist(), strict=True)
+            best = heapq.nlargest(count, [*best, *found])
+        places = np.array([-place for _, place in best], np.int64)
+        return self._dataset.isel(sample=places).assign_coords(score=("sample", np.array([value for value, _ in best])))
+
+    def text(self, rows: Sequence[int] | xr.DataArray | None = None, *, window: int = 16) -> list[TokenInContext]:
+        """The tokens of some rows of the store, or of all that are here, with the text around each.
+
+        Raises:
+            UnknownNameError: the store was made without documents.
+            InputError: a row does not exist.
+        """
+        wanted = self.rows if rows is None else np.asarray(rows)
+        return in_context(self._store.root, self._store.plan, self._store.documents, wanted, window=window)
+
+    @property
+    def documents(self) -> StoredDocuments:
+        """The documents of the store: texts, ids, columns and tokens."""
+        return self._store.documents
+
+    def _documents(self, wanted: Sequence[Any]) -> list[int]:
+        """Numbers of documents that were named by number or id."""
+        found, ids = list[int](), None
+        for each in wanted:
+            if isinstance(each, str):
+                ids = self._store.ids if ids is None else ids
+                if each not in ids:
+                    raise UnknownNameError(f"no document of {self._store.root.url} has the id {each!r}")
+                found += ids[each]
+            elif isinstance(each, bool) or not isinstance(each, int | np.integer):
+                raise InputError(f"document {each!r} was asked for; expected a number or an id")
+            else:
+                found.append(int(each))
+        return found
+
+    def _kept(self, where: Filter, rows: Int64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
+        """Which rows a filter keeps. A norm is asked of all sites and layers that are here."""
+        store = self._store
+        check_complete(store.root, store.plan)
+        here = [site for site in store.plan.layout.sites if site.name in self._dataset]
+        places = [
+            (site, site.layer_index(layer))
+            for site in here
+            for layer in ([None] if site.layers is None else self._labels(site))
+        ]
+        order = np.argsort(rows, kind="stable")
+        kept = np.empty(len(rows), bool)
+        kept[order] = Kept(store.root, store.plan, where, places, check=True).mask(rows[order])
+        return kept
+
+    def _scores(self, score: Any, hook: str | None) -> Iterator[tuple[int, Shaped[np.ndarray, " row"]]]:
+        """Scores of neighbouring samples, and the first one's place."""
+        there = self._dataset.sizes["sample"]
+        if not callable(score):
+            values = np.asarray(score)
+            if values.shape != (there,):
+                raise InputError(f"found scores of shape {values.shape}; expected one for each of {there:,} samples")
+            yield 0, values
+            return
+        if hook is None:
+            raise InputError("a function of rows needs to know which: give hook=, such as 'resid_post[12]'")
+        rows = self[hook]
+        step = max(SCORED_BYTES // (4 * rows.shape[-1]), 1)
+        for first in range(0, there, step):
+            part = to_float32(rows.isel(sample=slice(first, first + step)).to_numpy())
+            values = np.asarray(score(part))
+            if values.shape != (len(part),):
+                raise InputError(
+                    f"the function gave scores of shape {values.shape}; expected one for each of {len(part):,} rows"
+                )
+            yield first, values
+
+    def _labels(self, site: Site) -> list[int]:
+        """Labels of the layers of a site that are here: along its axis, or the one it was cut to."""
+        labels = self._dataset[site.name].coords[self._store.plan.layout.layer_dimension(site)]
+        return np.atleast_1d(labels.to_numpy()).tolist()
+
+    @property
+    def _store(self) -> Opened:
+        attributes, url = self._dataset.attrs.get("actstore"), self._dataset.encoding.get("source")
+        if not isinstance(attributes, Mapping) or not isinstance(url, str):
+            raise InputError("this dataset does not say what store it is of; open one with xr.open_dataset")
+        return _opened(url, str(attributes.get("fingerprint")))
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str | int | np.integer) else list(value)

@@ -1,0 +1,351 @@
+"""`dataset.acts`: what it selects, beside the same selection made in memory from the values that were written."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+from kill_points import unchecked
+from stores import LAYOUT, Contents, make_contents
+
+import actstore
+from actstore import Column, Filter, Layout, Site
+from actstore.errors import CorruptStoreError, InputError, UnfinishedStoreError, UnknownNameError
+from actstore.kept import place_in_split
+from actstore.lookup import token_ids
+
+
+@pytest.fixture(scope="module")
+def dataset(finished: Path) -> xr.Dataset:
+    return xr.open_dataset(finished)
+
+
+def ids_of(contents: Contents) -> np.ndarray:
+    assert contents.documents is not None
+    return np.array(contents.documents.ids)[contents.columns["document"]]
+
+
+# Which rows
+
+
+CUTS: dict[str, Callable[[xr.Dataset], xr.Dataset]] = {
+    "all": lambda dataset: dataset,
+    "a slice": lambda dataset: dataset.isel(sample=slice(5, 40, 3)),
+    "picked": lambda dataset: dataset.isel(sample=[7, 3, 3, 52, 0]),
+    "cut twice": lambda dataset: dataset.isel(sample=slice(10, None)).isel(sample=[4, 1]),
+    "none": lambda dataset: dataset.isel(sample=[]),
+    "backwards": lambda dataset: dataset.isel(sample=slice(None, None, -1)),
+    "one layer": lambda dataset: dataset.sel(layer=5),
+    "in memory": lambda dataset: dataset.isel(sample=slice(9)).load(),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_a_dataset_knows_which_samples_it_has(dataset: xr.Dataset, contents: Contents, cut: Any) -> None:
+    part = cut(dataset)
+    expected = cut(xr.Dataset({"row": ("sample", np.arange(LAYOUT.samples))}, {"layer": [2, 5, 11]})).row
+    np.testing.assert_array_equal(part.acts.rows, expected)
+    np.testing.assert_array_equal(part.document, contents.columns["document"][part.acts.rows])
+
+
+def test_rows_of_an_unfinished_store_are_those_of_the_store(unfinished: Path) -> None:
+    part = actstore.open(unfinished, partial=True).dataset(partial=True)
+    np.testing.assert_array_equal(part.acts.rows, [*range(16, 32), *range(48, 53)])
+    np.testing.assert_array_equal(part.isel(sample=[0, 17]).acts.rows, [16, 49])
+
+
+def test_a_mean_over_samples_has_no_rows_and_says_so(dataset: xr.Dataset) -> None:
+    with pytest.raises(InputError, match="no coordinate 'row' along 'sample': it does not say which rows it has"):
+        dataset.mean("sample").acts.rows  # noqa: B018
+
+
+def test_provenance_survives(dataset: xr.Dataset) -> None:
+    for part in (dataset.sel(layer=5), dataset.isel(sample=[1]), dataset.mean("sample"), dataset.acts.sel(document=0)):
+        assert part.attrs == dataset.attrs
+        assert part.acts.place("resid_post[5]") == ("resid_post", 5)
+        assert part.resid_post.attrs == dataset.resid_post.attrs
+
+
+# Places
+
+
+PLACES = {
+    "blocks.5.hook_resid_post": ("resid_post", 1),
+    "model.layers.11.mlp": ("mlp_out", 2),
+    "attn_out": ("attn_out", 0),
+    "attn_out[5]": ("attn_out", 0),
+    "model.norm": ("final_norm", None),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), PLACES.items(), ids=PLACES)
+def test_rows_by_the_name_of_a_hook(dataset: xr.Dataset, contents: Contents, name: str, expected: Any) -> None:
+    site, layer = expected
+    rows = contents.rows[site] if layer is None else contents.rows[site][layer]
+    found = dataset.isel(sample=[50, 2]).acts[name]
+    assert found.dims[0] == "sample"
+    np.testing.assert_array_equal(found, rows[[50, 2]].astype(np.float32))
+
+
+def test_a_dataset_that_was_cut_to_a_layer(dataset: xr.Dataset) -> None:
+    cut = dataset[["resid_post"]].sel(layer=5)
+    assert cut.acts["resid_post[5]"].identical(dataset.resid_post.sel(layer=5))
+    with pytest.raises(UnknownNameError, match=r"is layer 2; this dataset was cut to layers \[5\]"):
+        cut.acts["resid_post[2]"]
+    with pytest.raises(UnknownNameError, match=r"is layer 2; this dataset was cut to layers \[5, 11\]"):
+        dataset[["resid_post"]].sel(layer=[5, 11]).acts["resid_post[2]"]
+    with pytest.raises(UnknownNameError, match="is site 'mlp_out', which was left out of this dataset"):
+        cut.acts["mlp_out[5]"]
+
+
+def test_hidden_states_by_the_stored_configuration(tmp_path: Path) -> None:
+    contents = make_contents()
+    for layers, name in [(12, "hidden_states[6]"), (12, "hidden_states[-7]")]:
+        url = tmp_path / f"{name}.acts.zarr"
+        assets = {"config.json": json.dumps({"num_hidden_layers": layers}).encode()}
+        with actstore.create(url, LAYOUT, {}, documents=contents.documents, assets=assets) as writer:
+            for block in range(LAYOUT.blocks):
+                activations, columns = contents.block(block)
+                writer.write(block, activations, samples=columns)
+        opened = xr.open_dataset(url)
+        assert opened.acts.place(name) == ("resid_post", 5)
+        with pytest.raises(InputError, match=r"means two places.*a model of 12 layers.*resid_post\[11\]"):
+            opened.acts["hidden_states[12]"]
+
+
+# Selection
+
+
+SELECTIONS: dict[str, tuple[dict[str, Any], Callable[[Contents], np.ndarray]]] = {
+    "a document": ({"document": 1}, lambda c: c.columns["document"] == 1),
+    "documents": ({"document": [3, 0]}, lambda c: np.isin(c.columns["document"], [0, 3])),
+    "an id": ({"document": "doc-ä2"}, lambda c: ids_of(c) == "doc-ä2"),
+    "an id and a number": ({"document": ["doc-ä2", 0]}, lambda c: np.isin(ids_of(c), ["doc-ä2", "doc-ä0"])),
+    "no document": ({"document": []}, lambda c: np.zeros(LAYOUT.samples, bool)),
+    "a position": ({"position": 3}, lambda c: c.columns["position"] == 3),
+    "positions": ({"position": slice(2, 9)}, lambda c: (c.columns["position"] >= 2) & (c.columns["position"] <= 9)),
+    "a user's column": ({"score": slice(0, None)}, lambda c: c.columns["score"] >= 0),
+    "a column of documents": ({"pages": slice(2, None)}, lambda c: np.isin(c.columns["document"], [0, 3, 4])),
+    "a text of documents": ({"kind": ["ascii", ""]}, lambda c: np.isin(c.columns["document"], [0, 3])),
+    "a token's id": ({"token_id": 1007}, lambda c: c.columns["token_id"] == 1007),
+    "a split": ({"split": (0, 0.5)}, lambda c: np.array([place_in_split(name) < 0.5 for name in ids_of(c)])),
+    "a filter": ({"where": Filter(drop={"flag": 1})}, lambda c: c.columns["flag"] != 1),
+    "several": (
+        {"document": [0, 1, 2], "flag": 0, "position": slice(1, None)},
+        lambda c: (c.columns["document"] < 3) & (c.columns["flag"] == 0) & (c.columns["position"] > 0),
+    ),
+    "everything": ({}, lambda c: np.ones(LAYOUT.samples, bool)),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selections(dataset: xr.Dataset, contents: Contents, name: str, cut: Any) -> None:
+    wanted, keep = SELECTIONS[name]
+    part = cut(dataset)
+    found, kept = part.acts.sel(**wanted), keep(contents)
+    np.testing.assert_array_equal(found.acts.rows, part.acts.rows[kept[part.acts.rows]])
+    assert found.sizes["sample"] == len(found.acts.rows)
+
+
+ERRORS = {
+    "a document": ({"document": "doc-9"}, UnknownNameError, r"no document of .* has the id 'doc-9'"),
+    "true": ({"document": True}, InputError, "document True was asked for; expected a number or an id"),
+    "a float": ({"document": [1.0]}, InputError, r"document .*1.0.* was asked for; expected a number or an id"),
+    "a column": ({"colour": 3}, UnknownNameError, "column 'colour' is not in .*; it holds .*position"),
+    "text of numbers": ({"position": "3"}, InputError, "column 'position': found '3'; expected numbers"),
+    "two filters": ({"where": Filter(), "position": 1}, InputError, "where= and position were given; say all of it"),
+    "a filter and a split": ({"where": Filter(), "split": (0, 1)}, InputError, "where= and split were given"),
+    "not a filter": ({"where": {"position": 1}}, InputError, "expected an actstore.Filter"),
+    "a token twice": ({"token": "a", "token_id": 1}, InputError, "token='a' and token_id= were given; give one"),
+    "no tokenizer": ({"token": "a"}, UnknownNameError, "holds no file 'tokenizer.json'; it holds none"),
+}
+
+
+@pytest.mark.parametrize(("wanted", "kind", "message"), ERRORS.values(), ids=ERRORS)
+def test_selections_that_cannot_be_meant(dataset: xr.Dataset, wanted: Any, kind: Any, message: str) -> None:
+    with unchecked(), pytest.raises(kind, match=message):
+        dataset.acts.sel(**wanted)
+
+
+def test_a_filter_of_norms_is_asked_of_the_layers_that_are_here(dataset: xr.Dataset, contents: Contents) -> None:
+    norms = np.linalg.norm(contents.rows["resid_post"].astype(np.float64), axis=-1)
+    small = norms <= np.median(norms, axis=1, keepdims=True)
+    only = dataset[["resid_post", "position"]]
+    for part, kept in [(only, small.all(axis=0)), (only.sel(layer=5), small[1]), (only.sel(layer=[11]), small[2])]:
+        np.testing.assert_array_equal(part.acts.sel(where=Filter(max_norm=1)).acts.rows, np.flatnonzero(kept))
+
+
+def test_an_unfinished_store_is_not_filtered(unfinished: Path) -> None:
+    part = actstore.open(unfinished, partial=True).dataset(partial=True)
+    with pytest.raises(UnfinishedStoreError, match="2 of 4 blocks are committed"):
+        part.acts.sel(position=3)
+
+
+# Tokens
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
+    """A store with its tokenizer, by the command."""
+    folder = tmp_path_factory.mktemp("spoken")
+    text = [{"id": "a", "text": "the cat and the dog; the\n"}, {"id": "b", "text": "and then caf\u00e9 the end"}]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, text)))
+    url = folder / "run.acts.zarr"
+    command = [sys.executable, "-m", "actstore", "extract", str(url), "--model", "tiny-qwen2", "--layers", "2"]
+    done = subprocess.run([*command, "--documents", str(folder / "texts.jsonl")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return xr.open_dataset(url)
+
+
+def test_rows_by_the_text_of_their_token(spoken: xr.Dataset) -> None:
+    shown = [token.token for token in spoken.acts.text()]
+    for text in sorted({each for each in shown if each.isascii() and each}):  # others may be a part of a character
+        found = spoken.acts.sel(token=text)
+        assert {token.token for token in found.acts.text()} == {text}
+        assert found.sizes["sample"] == shown.count(text)
+    the = [each for each in shown if each in ("the", " the")]
+    assert len(the) >= 3
+    assert spoken.acts.sel(token=["the", " the"]).sizes["sample"] == len(the)
+    with pytest.raises(UnknownNameError, match=r"no token of .* is exactly 'the '.*a token's spaces belong to it"):
+        spoken.acts.sel(token="the ")
+
+
+@pytest.mark.parametrize("vocabulary", [{"\u2581the": 5, "the": 6}, [["\u2581the", -1.0], ["the", -2.0]]])
+def test_tokenizers_of_other_kinds(tmp_path: Path, vocabulary: Any) -> None:
+    """A space as U+2581, in a vocabulary by piece or a list of pieces; and tokens that were added to it."""
+    contents, url = make_contents(), tmp_path / "run.acts.zarr"
+    added = [{"id": 9, "content": "<eot>"}]
+    tokenizer = json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added}).encode()
+    with actstore.create(url, LAYOUT, {}, documents=contents.documents, assets={"tokenizer.json": tokenizer}) as writer:
+        for block in range(LAYOUT.blocks):
+            activations, columns = contents.block(block)
+            writer.write(block, activations, samples=columns)
+    store = actstore.open(url)
+    numbers = {" the": 5, "the": 6, "<eot>": 9} if isinstance(vocabulary, dict) else {" the": 0, "the": 1, "<eot>": 9}
+    for text, number in numbers.items():
+        assert token_ids(store._root, store.plan, text) == [number]
+    with pytest.raises(UnknownNameError, match="is exactly 'the '; 'the' is one"):
+        token_ids(store._root, store.plan, "the ")
+    (url / "assets/tokenizer.json").write_bytes(tokenizer + b" ")
+    with pytest.raises(
+        CorruptStoreError,
+        match=r"assets/tokenizer.json of .* is missing or not what the plan says; run `actstore verify`",
+    ):
+        token_ids(store._root, store.plan, "the")
+
+
+def test_text_of_what_is_here(dataset: xr.Dataset, finished: Path) -> None:
+    store = actstore.open(finished)
+    part = dataset.isel(sample=[9, 2, 40])
+    assert part.acts.text(window=3) == store.text([9, 2, 40], window=3) == dataset.acts.text([9, 2, 40], window=3)
+    assert part.acts.text(part.row[:1]) == store.text([9])
+    assert len(part.acts.documents) == len(store.documents)
+    with pytest.raises(InputError, match="rows 53 to 53 asked for; this store has 0 to 52"):
+        dataset.acts.text([53])
+
+
+def test_a_store_without_documents(tmp_path: Path) -> None:
+    opened = xr.open_dataset(make_contents(documents=False).write(tmp_path / "run.acts.zarr"))
+    with pytest.raises(UnknownNameError, match="holds no documents; it was made without"):
+        opened.acts.text([0])
+    with pytest.raises(UnknownNameError, match="holds no documents"):
+        opened.acts.sel(document="doc-\u00e40")
+    assert set(opened.acts.sel(document=1).document.values.tolist()) == {1}
+
+
+# Some of them
+
+
+def test_a_sample_is_drawn_without_replacement(dataset: xr.Dataset) -> None:
+    drawn = {seed: dataset.acts.sample(10, seed=seed).acts.rows for seed in range(5)}
+    for rows in drawn.values():
+        assert len(rows) == 10
+        assert (np.diff(rows) > 0).all()
+    assert len({rows.tobytes() for rows in drawn.values()}) == 5
+    assert dataset.acts.sample(10, seed=3).identical(dataset.acts.sample(10, seed=3))
+    assert dataset.acts.sample(53).acts.rows.tolist() == list(range(53))
+    part = dataset.isel(sample=slice(20, 30))
+    assert set(part.acts.sample(4).acts.rows) < set(range(20, 30))
+    assert dataset.acts.sample(0).sizes["sample"] == 0
+    with pytest.raises(InputError, match="54 samples were asked for; this dataset has 53"):
+        dataset.acts.sample(54)
+
+
+def test_a_sample_is_uniform(dataset: xr.Dataset) -> None:
+    """How often each of 53 samples is among 10, over 400 seeds: 52 degrees, 99.99th percentile 97."""
+    counts = np.zeros(53)
+    for seed in range(400):
+        counts[dataset.acts.sample(10, seed=seed).acts.rows] += 1
+    expected = 400 * 10 / 53
+    assert ((counts - expected) ** 2 / (expected * (1 - 10 / 53))).sum() < 97
+
+
+@pytest.mark.parametrize("at_once", [1, 64 << 20])
+@pytest.mark.parametrize("count", [0, 1, 7, 53, 60])
+def test_the_best_rows_by_a_function(
+    dataset: xr.Dataset, contents: Contents, monkeypatch: pytest.MonkeyPatch, count: int, at_once: int
+) -> None:
+    monkeypatch.setattr("actstore.accessor.SCORED_BYTES", at_once)
+    direction = np.random.default_rng(3).normal(size=6)
+    scores = contents.rows["resid_post"][1].astype(np.float32) @ direction
+    best = np.argsort(-scores, kind="stable")[:count]
+    found = dataset.acts.top(lambda rows: rows @ direction, count, hook="blocks.5.hook_resid_post")
+    np.testing.assert_array_equal(found.acts.rows, best)
+    np.testing.assert_allclose(found.score, scores[best])
+    again = dataset.acts.top(scores, count)
+    np.testing.assert_array_equal(again.acts.rows, best)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, -1.0, np.nan, np.inf, -np.inf]), min_size=53, max_size=53), st.integers(0, 60)
+)
+def test_the_best_of_any_scores(dataset: xr.Dataset, scores: list[float], count: int) -> None:
+    """NaN is no score; equal ones come in the order of their rows."""
+    there = [(-score, row) for row, score in enumerate(scores) if not np.isnan(score)]
+    assert dataset.acts.top(np.array(scores), count).acts.rows.tolist() == [row for _, row in sorted(there)[:count]]
+
+
+def test_scores_that_are_not_one_per_sample(dataset: xr.Dataset) -> None:
+    with pytest.raises(InputError, match=r"found scores of shape \(3, 53\); expected one for each of 53 samples"):
+        dataset.acts.top(dataset.resid_post_norm)
+    with pytest.raises(InputError, match=r"the function gave scores of shape \(\); expected one for each of 53 rows"):
+        dataset.acts.top(lambda rows: rows.sum(), hook="resid_post[5]")
+    with pytest.raises(InputError, match=r"which: give hook=, such as 'resid_post\[12\]'"):
+        dataset.acts.top(lambda rows: rows.sum())
+
+
+# What it is of
+
+
+def test_a_dataset_of_no_store(dataset: xr.Dataset) -> None:
+    for other in (xr.Dataset({"x": ("sample", [1.0])}), dataset.drop_attrs()):
+        with pytest.raises(InputError, match=r"does not say what store it is of; open one with xr.open_dataset"):
+            other.acts.documents  # noqa: B018
+
+
+def test_a_store_that_was_replaced(tmp_path: Path) -> None:
+    url = tmp_path / "run.acts.zarr"
+    opened = xr.open_dataset(make_contents().write(url))
+    url.rename(tmp_path / "other")
+    dataclasses.replace(make_contents(), provenance={"other": 1}).write(url)
+    with pytest.raises(InputError, match="is another store than the one this dataset was opened from; open it again"):
+        opened.acts.sel(document=0)
+
+
+def test_a_column_of_the_name_row_is_the_users(tmp_path: Path) -> None:
+    layout = Layout((Site("x", 2, None, "float32"),), 3, 2, 1, (Column("row", "int32"),))
+    values = np.array([7, 8, 9], np.int32)
+    contents = Contents(layout, {"x": np.zeros((3, 2), np.float32)}, {"row": values})
+    opened = xr.open_dataset(contents.write(tmp_path / "run.acts.zarr"))
+    np.testing.assert_array_equal(opened.row, values)
+    with pytest.raises(InputError, match="column 'row' of its own"):
+        opened.acts.sample(1).acts.sel(row=7)
