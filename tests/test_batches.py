@@ -251,7 +251,7 @@ def test_what_is_not_a_state_is_refused(loader, state):
 
 
 REFUSED = {
-    "no rows": ({"batch_size": 0}, InputError, "batch_size 0 and window_bytes 536870912 must be positive"),
+    "no rows": ({"batch_size": 0}, InputError, "batch_size 0 and window_bytes 2147483648 must be positive"),
     "no window": ({"window_bytes": 0}, InputError, "batch_size 8 and window_bytes 0 must be positive"),
     "no epochs": ({"epochs": 0}, InputError, "epochs is 0; expected a positive number, or None for endless batches"),
     "negative seed": ({"seed": -1}, InputError, "seed is -1; expected a number >= 0"),

@@ -74,8 +74,9 @@ def run_console(code: str, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXECUTED)
 def test_page_runs(name, tmp_path, monkeypatch):
-    if "import torch" in PAGES[name]:
-        pytest.importorskip("torch", reason=f"NOT CHECKED: torch is not installed here, and {name} uses it")
+    for library in ("anndata", "pyarrow", "torch"):
+        if f"import {library}" in PAGES[name]:
+            pytest.importorskip(library, reason=f"NOT CHECKED: {library} is not installed here, and {name} uses it")
     monkeypatch.chdir(tmp_path)
     run_page(name, PAGES[name], tmp_path)
 

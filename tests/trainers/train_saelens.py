@@ -4,14 +4,17 @@ import sys
 from pathlib import Path
 
 import torch
-from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import SAE, SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from actstore.adapters.hooks import Hooks
 from actstore.adapters.saelens import load_state, save_with_checkpoints, scaling_factor
 from actstore.adapters.torch import as_tensor, as_tensors
+from actstore.export import HOOKS, sae_lens_metadata
 from tests.trainers.steps import (
     ACTIVE,
     BATCH,
@@ -76,6 +79,20 @@ def one(store, folder: Path) -> None:
     print(f"SAETrainer: continued from sample {checkpoint.name} to the same weights")
 
 
+def metadata(store, folder: Path) -> None:
+    """Our metadata is in an SAE that was saved and loaded again, and TransformerLens has every hook that we name."""
+    known = sae_lens_metadata(store.plan, "resid_post", 3)
+    config = TopKTrainingSAEConfig(d_in=known["d_in"], d_sae=FEATURES, k=ACTIVE, metadata=SAEMetadata(**known))
+    TopKTrainingSAE(config).save_inference_model(folder)
+    kept = SAE.load_from_disk(folder).cfg.metadata
+    assert {name: kept[name] for name in known} == known, kept
+    shape = {"n_layers": 4, "d_model": 8, "n_ctx": 4, "d_head": 4, "d_mlp": 16, "d_vocab": 5, "act_fn": "silu"}
+    model = HookedTransformer(HookedTransformerConfig(**shape, normalization_type="RMS", gated_mlp=True))
+    missing = {hook.format(3) for hook in HOOKS.values()} - set(model.hook_dict)
+    assert not missing, missing
+    print(f"metadata: {known['hook_name']} came back, and {len(HOOKS)} hooks exist")
+
+
 def factor(store) -> None:
     """Our factor is the one that SAELens would estimate, from the whole store at once."""
     scaler = ActivationScaler()
@@ -131,6 +148,7 @@ def several(store, folder: Path) -> None:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     made = make_store(place)
+    metadata(made, place / "saved")
     factor(made)
     one(made, place / "one")
     several(made, place / "several")
