@@ -7,13 +7,15 @@ there. What needs the store (documents, texts, tokens) reads it from the address
 import functools
 import heapq
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int64, Shaped
 
+from actstore import export
 from actstore.errors import InputError, UnknownNameError
 from actstore.filters import Filter
 from actstore.hooks import Place, place_of
@@ -28,6 +30,10 @@ from actstore.runs import DocumentRuns
 from actstore.schema import Plan
 from actstore.shuffle import Permutation
 from actstore.table import StoredDocuments
+
+if TYPE_CHECKING:
+    import anndata
+    import torch
 
 SCORED_BYTES = 64 << 20  # of rows in float32 that a score is asked for at once
 
@@ -234,6 +240,31 @@ class Acts:
     def documents(self) -> StoredDocuments:
         """The documents of the store: texts, ids, columns and tokens."""
         return self._store.documents
+
+    def to_numpy(self, site: str | None = None) -> "export.Rows | dict[str, export.Rows]":
+        """What is selected, in memory: see `actstore.export.to_numpy`."""
+        return export.to_numpy(self._dataset, site)
+
+    def to_torch(self, site: str | None = None) -> "torch.Tensor | dict[str, torch.Tensor]":
+        """What is selected, as tensors: see `actstore.export.to_torch`."""
+        return export.to_torch(self._dataset, site)
+
+    def to_anndata(self, site: str) -> "anndata.AnnData":
+        """What is selected of one site and layer, as an AnnData: see `actstore.export.to_anndata`."""
+        return export.to_anndata(self._dataset, site)
+
+    def write_safetensors(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """What is selected, as a file: see `actstore.export.write_safetensors`."""
+        export.write_safetensors(self._dataset, path, overwrite=overwrite)
+
+    def write_parquet(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """What is selected, as a file: see `actstore.export.write_parquet`."""
+        export.write_parquet(self._dataset, path, overwrite=overwrite)
+
+    def sae_lens_metadata(self, hook: str) -> dict[str, Any]:
+        """SAELens' metadata of an SAE that is trained on one place: see `actstore.export.sae_lens_metadata`."""
+        place = self.place(hook)
+        return export.sae_lens_metadata(self._store.plan, place.site, place.layer)
 
     def _documents(self, wanted: Sequence[Any]) -> list[int]:
         """Numbers of documents that were named by number or id."""

@@ -14,6 +14,7 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 from kill_points import unchecked
+from safetensors.numpy import load_file
 from stores import LAYOUT, Contents, make_contents
 
 import actstore
@@ -349,3 +350,34 @@ def test_a_column_of_the_name_row_is_the_users(tmp_path: Path) -> None:
     np.testing.assert_array_equal(opened.row, values)
     with pytest.raises(InputError, match="column 'row' of its own"):
         opened.acts.sample(1).acts.sel(row=7)
+
+
+# For others
+
+
+def test_what_is_selected_is_exported(dataset: xr.Dataset, contents: Contents, tmp_path: Path) -> None:
+    part = dataset[["resid_post", "position"]].sel(layer=5).acts.sel(document=[0, 2])
+    expected = contents.rows["resid_post"][1, part.acts.rows].astype(np.float32)
+    np.testing.assert_array_equal(part.acts.to_numpy(), expected)
+    part.acts.write_safetensors(tmp_path / "rows.safetensors")
+    np.testing.assert_array_equal(load_file(tmp_path / "rows.safetensors")["resid_post"], expected)
+    with pytest.raises(InputError, match="is there already; choose another name, or give overwrite=True"):
+        part.acts.write_safetensors(tmp_path / "rows.safetensors")
+    part.acts.write_safetensors(tmp_path / "rows.safetensors", overwrite=True)
+    metadata = dataset.acts.sae_lens_metadata("model.layers.5")
+    assert (metadata["hook_name"], metadata["d_in"]) == ("blocks.5.hook_resid_post", 6)
+
+
+def test_what_is_selected_as_tensors(dataset: xr.Dataset) -> None:
+    pytest.importorskip("torch", reason="NOT CHECKED: torch is not installed here")
+    part = dataset.sel(layer=5)
+    np.testing.assert_array_equal(part.acts.to_torch("resid_post").numpy(), part.resid_post)
+
+
+def test_what_is_selected_as_anndata_and_parquet(dataset: xr.Dataset, tmp_path: Path) -> None:
+    pytest.importorskip("anndata", reason="NOT CHECKED: anndata is not installed here")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="NOT CHECKED: pyarrow is not installed here")
+    part = dataset.sel(layer=5)
+    np.testing.assert_array_equal(part.acts.to_anndata("resid_post").X, part.resid_post)
+    part.acts.write_parquet(tmp_path / "rows.parquet")
+    assert parquet.read_table(tmp_path / "rows.parquet")["position"].to_pylist() == part.position.values.tolist()
