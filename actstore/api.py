@@ -8,7 +8,10 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Int
 
-from actstore import accessor  # noqa: F401  datasets have `.acts` then
+from actstore import (
+    accessor,  # noqa: F401  datasets have `.acts` then
+    card,
+)
 from actstore.batches import Array, Batches, Order
 from actstore.errors import InputError, UnknownNameError
 from actstore.filters import Filter
@@ -35,6 +38,10 @@ class Store:
         layers = {site.name: f" {list(site.layers)}" if site.layers else "" for site in self.sites}
         sites = ", ".join(f"{site.name}{layers[site.name]} x {site.width}" for site in self.sites)
         return f"<actstore.Store {self.url}: {self.samples:,} samples, {sites}>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the card."""
+        return card.html(self._root, self.plan)
 
     def __init__(self, root: Root, plan: Plan) -> None:
         self._root = root
@@ -64,6 +71,17 @@ class Store:
     def committed(self) -> int:
         """Number of committed blocks. Costs one listing."""
         return len(committed_blocks(self._root, self.plan))
+
+    def card(self) -> None:
+        """Prints what the store is and how much of it is there, as `actstore info` does. A notebook shows it by itself.
+
+        Costs a few small reads and the norms of a few blocks: 10 to 60 ms, however large the store. Of an unfinished
+        store one listing more.
+
+        Raises:
+            CorruptStoreError: the root group is damaged, or is that of another plan.
+        """
+        print(card.text(self._root, self.plan))  # noqa: T201  it is asked to
 
     @property
     def documents(self) -> StoredDocuments:

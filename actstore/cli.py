@@ -14,16 +14,18 @@ import numpy as np
 import typer
 
 import actstore
+from actstore import card, marked
 from actstore.batches import Order
 from actstore.bench import BATCH_SIZE, measure, verdict
 from actstore.bench import Report as Measured
+from actstore.card import human_bytes
 from actstore.errors import ActstoreError, CorruptStoreError, InputError
 from actstore.garbage import find_garbage, remove_garbage
 from actstore.kvstore import Root
 from actstore.ledger import abandon as abandon_addition
 from actstore.repair import repair as repair_store
 from actstore.schema import printable
-from actstore.terminal import Work, human_bytes
+from actstore.terminal import Work
 from actstore.verify import Depth, Report
 from actstore.verify import verify as verify_store
 
@@ -77,14 +79,8 @@ def version(
 @app.command(epilog="Example: actstore info run.acts.zarr")
 def info(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Show what a store holds, finished or not."""
-    card = describe(actstore.open(store, partial=True))
-    if as_json:
-        typer.echo(json.dumps(card))
-        return
-    for name, value in card.items():
-        shown = "; ".join(str(part) for part in value) if isinstance(value, list) else str(value)
-        text = human_bytes(value) if name == "bytes" else printable(shown, most=2000)  # names may hold escape codes
-        typer.echo(f"{name:<12} {text}")
+    opened = actstore.open(store, partial=True)
+    typer.echo(json.dumps(describe(opened)) if as_json else card.text(Root.of(store), opened.plan))
 
 
 @app.command(epilog="Example: actstore head run.acts.zarr --count 5 --window 8")
@@ -192,27 +188,8 @@ def bench(
 
 
 def describe(store: actstore.Store) -> dict[str, Any]:
-    """The facts of `actstore info` by name. Costs one listing."""
-    layout, plan = store.plan.layout, store.plan
-    model = plan.provenance.get("model")
-    return {
-        "url": store.url,
-        "status": "complete" if store.complete else "unfinished",
-        "committed": f"{store.committed} of {len(plan.blocks)} blocks",
-        "generation": plan.generation,
-        "model": str(model.get("name", "unknown")) if isinstance(model, dict) else "unknown",
-        "sites": [
-            f"{site.name} {'' if site.layers is None else list(site.layers)} x {site.width} {site.dtype}"
-            for site in layout.sites
-        ],
-        "samples": layout.samples,
-        "documents": sum(table.documents for table in plan.tables if table),
-        "bytes": layout.data_bytes,
-        "shards": f"{layout.block_samples} samples, chunks of {layout.chunk_samples}, {layout.codec}",
-        "columns": [column.name for column in layout.columns],
-        "format": plan.format,
-        "fingerprint": plan.fingerprint,
-    }
+    """The facts of `actstore info --json` by name."""
+    return card.facts(Root.of(store.url), store.plan)
 
 
 def row_lines(store: actstore.Store, rows: np.ndarray, *, window: int) -> list[dict[str, Any]]:
@@ -309,5 +286,5 @@ def _as_text(line: dict[str, Any]) -> str:
     )
     if "token" not in line:
         return f"{line['sample']:>8}  {columns}  {norms}"
-    text = f"{line['before']}\u27e6{line['token']}\u27e7{line['after']}".replace("\n", "\u23ce")
+    text = marked.line(actstore.TokenInContext(line["before"], line["token"], line["after"]))
     return f"{line['sample']:>8}  {columns}  {norms}\n          {text}"

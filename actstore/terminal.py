@@ -57,11 +57,3 @@ class Work:
         done, total, note = self._shown
         self._last_line = time.monotonic()
         print(f"{self._label}: {done:,} of {total:,} {self._unit}{', ' + note if note else ''}", file=self._stream)
-
-
-def human_bytes(count: int) -> str:
-    """A byte count in decimal units: 1_500_000 is `1.5 MB`."""
-    if count < 1000:
-        return f"{count} bytes"
-    power = min((len(str(count)) - 1) // 3, 5)
-    return f"{count / 1000**power:,.1f} {'kMGTP'[power - 1]}B"

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from actstore.card import human_bytes
 from actstore.cli import JsonOption
 from actstore.errors import InputError
-from actstore.terminal import Work, human_bytes
+from actstore.terminal import Work
 from extract.console import run_with_progress
 from extract.named import NAMED_MODELS, model_folder
 

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from actstore.card import human_bytes
 from actstore.stopping import STOPPING
-from actstore.terminal import Work, human_bytes
+from actstore.terminal import Work
 
 if TYPE_CHECKING:
     from extract.loop import Progress

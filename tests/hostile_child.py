@@ -23,6 +23,7 @@ from xarray.backends.plugins import list_engines
 
 import actstore.api
 import actstore.batches
+import actstore.card
 import actstore.cli
 import actstore.garbage
 import actstore.kvstore
@@ -149,6 +150,7 @@ def steps(url: Path) -> dict[str, Callable[[], Any]]:
         "open": lambda: repr(actstore.api.open(url)),
         "open partial": lambda: repr(opened()),
         "info": lambda: json.dumps(actstore.cli.describe(opened())),
+        "card": lambda: card_of(opened()),
         "dataset": lambda: rows_of(opened().dataset(partial=True)),
         "xarray": lambda: rows_of(xr.open_dataset(url, engine="actstore", raw=True)),
         **{f"batches {number}": lambda number=number: batch_of(opened(), number) for number in range(4)},
@@ -165,6 +167,12 @@ def steps(url: Path) -> dict[str, Callable[[], Any]]:
         "verify the repaired": lambda: verified("full"),
         "dataset of the repaired": lambda: rows_of(opened().dataset()),
     }
+
+
+def card_of(store: actstore.api.Store) -> list[str]:
+    """The lines of the card, and whether it is too long for a notebook."""
+    lines = actstore.card.text(actstore.kvstore.Root.of(store.url), store.plan).splitlines()
+    return lines + ["WRONG VALUES: more than 128 KiB of HTML"] * (len(store._repr_html_()) > 1 << 17)
 
 
 def ends(samples: int) -> Iterator[slice]:

@@ -36,7 +36,7 @@ class Children:
         self._process = subprocess.Popen(
             [sys.executable, HERE / "hostile_child.py"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"},
         )  # fmt: skip
         if "ready" not in self._line():
             raise RuntimeError("the children's parent did not start")

@@ -12,8 +12,9 @@ import xarray as xr
 from jaxtyping import Int64, Shaped
 
 import actstore
+from actstore.card import human_bytes
 from actstore.errors import CorruptStoreError, InputError
-from actstore.terminal import Work, human_bytes
+from actstore.terminal import Work
 from extract.console import run_with_progress
 from extract.demo.features import Firing, TopSamples, count_firing, pick_features, top_samples, write_features
 from extract.demo.plot import plot_loss
