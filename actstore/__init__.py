@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from actstore.filters import Filter
     from actstore.layout import Column, Layout, Site
     from actstore.lookup import TokenInContext
+    from actstore.marked import TokenRows
     from actstore.norms import NormStatistics
     from actstore.schema import Plan
     from actstore.table import DocumentTable
@@ -33,6 +34,7 @@ _WHERE = {
     "Site": "layout",
     "Store": "api",
     "TokenInContext": "lookup",
+    "TokenRows": "marked",
     "Writer": "writer",
     "append": "api",
     "create": "api",
@@ -51,6 +53,7 @@ __all__ = [
     "Site",
     "Store",
     "TokenInContext",
+    "TokenRows",
     "Writer",
     "append",
     "create",

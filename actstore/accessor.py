@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int64, Shaped
 
-from actstore import export
+from actstore import card, export
 from actstore.errors import InputError, UnknownNameError
 from actstore.filters import Filter
 from actstore.hooks import Place, place_of
@@ -24,6 +24,7 @@ from actstore.kvstore import Root
 from actstore.layout import Site
 from actstore.ledger import read_asset, read_plan
 from actstore.lookup import TokenInContext, in_context, token_ids
+from actstore.marked import TokenRows
 from actstore.moments import to_float32
 from actstore.reader import ROW, check_complete
 from actstore.runs import DocumentRuns
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import anndata
     import torch
 
+SCORE = "top_score"  # a column of the store may be called score
 SCORED_BYTES = 64 << 20  # of rows in float32 that a score is asked for at once
 
 Score = Callable[[Shaped[np.ndarray, "row width"]], Shaped[np.ndarray, " row"]]
@@ -99,6 +101,16 @@ class Acts:
     def __init__(self, dataset: xr.Dataset) -> None:
         """Made by xarray. Reads nothing."""
         self._dataset = dataset
+
+    def __repr__(self) -> str:
+        return f"{card.text(self._store.root, self._store.plan)}\nhere         {self._here()}"
+
+    def _repr_html_(self) -> str:
+        return f"{card.html(self._store.root, self._store.plan)}<p>{self._here()}</p>"
+
+    def _here(self) -> str:
+        count = self._dataset.sizes.get("sample")
+        return "no samples" if count is None else f"{count:,} of {self._store.plan.layout.samples:,} samples"
 
     def __getitem__(self, name: str) -> xr.DataArray:
         """The rows [sample, hidden] at one place of the model, lazily, by the name that any library has for it.
@@ -203,7 +215,7 @@ class Acts:
     def top(
         self, score: Score | xr.DataArray | Shaped[np.ndarray, " sample"], count: int = 10, *, hook: str | None = None
     ) -> xr.Dataset:
-        """The samples with the highest scores, best first, with their scores as the coordinate `score`.
+        """The samples with the highest scores, best first, with their scores as the coordinate `top_score`.
 
         Args:
             score: one number per sample; or a function of rows [row, hidden] in float32 that gives one for each, such
@@ -224,17 +236,25 @@ class Acts:
             found = zip(scores[places].tolist(), (-(first + places)).tolist(), strict=True)
             best = heapq.nlargest(count, [*best, *found])
         places = np.array([-place for _, place in best], np.int64)
-        return self._dataset.isel(sample=places).assign_coords(score=("sample", np.array([value for value, _ in best])))
+        scores = np.array([value for value, _ in best], np.float64)
+        return self._dataset.isel(sample=places).assign_coords({SCORE: ("sample", scores)})
 
-    def text(self, rows: Sequence[int] | xr.DataArray | None = None, *, window: int = 16) -> list[TokenInContext]:
+    def text(self, rows: Sequence[int] | xr.DataArray | None = None, *, window: int = 16) -> TokenRows[TokenInContext]:
         """The tokens of some rows of the store, or of all that are here, with the text around each.
+
+        It shows itself with the tokens marked, in notebooks and on terminals, with the rows' numbers, and their scores
+        where `top` gave them; else it is a sequence.
 
         Raises:
             UnknownNameError: the store was made without documents.
             InputError: a row does not exist.
         """
-        wanted = self.rows if rows is None else np.asarray(rows)
-        return in_context(self._store.root, self._store.plan, self._store.documents, wanted, window=window)
+        wanted = np.atleast_1d(self.rows if rows is None else np.asarray(rows))
+        labels = {ROW: wanted.tolist()}
+        if rows is None and SCORE in self._dataset.coords:
+            labels[SCORE] = [round(score, 4) for score in self._dataset.coords[SCORE].values.tolist()]
+        found = in_context(self._store.root, self._store.plan, self._store.documents, wanted, window=window)
+        return TokenRows(found, labels=labels)
 
     @property
     def documents(self) -> StoredDocuments:

@@ -21,6 +21,7 @@ from actstore.kvstore import Root
 from actstore.layout import Layout, Site
 from actstore.ledger import appended_plan, committed_blocks, lineage, read_plan, read_status
 from actstore.lookup import TokenInContext, column, in_context
+from actstore.marked import TokenRows
 from actstore.norms import NormStatistics
 from actstore.reader import check_complete, open_dataset
 from actstore.scaling import Normalization
@@ -280,7 +281,7 @@ class Store:
         kept = Kept(self._root, self.plan, where, [(found, index)], check=check) if where is not None else None
         return norm_statistics(self._root, self.plan, found, index, kept=kept, check=check)
 
-    def text(self, rows: Sequence[int] | Int[np.ndarray, " n"], *, window: int = 16) -> list[TokenInContext]:
+    def text(self, rows: Sequence[int] | Int[np.ndarray, " n"], *, window: int = 16) -> TokenRows[TokenInContext]:
         """Each row's token with up to `window` tokens before and after it, from the stored texts: no tokenizer needed.
 
         A token that is not part of its document's text (an end-of-text token, say) is shown as empty text at its place.
@@ -289,7 +290,7 @@ class Store:
             UnknownNameError: the store was made without documents.
             InputError: a row does not exist, or its document or position does not.
         """
-        return in_context(self._root, self.plan, self.documents, rows, window=window)
+        return TokenRows(in_context(self._root, self.plan, self.documents, rows, window=window))
 
 
 def open(url: str | os.PathLike[str], *, partial: bool = False) -> Store:  # noqa: A001  reads as `actstore.open`

@@ -254,6 +254,22 @@ def test_text_of_what_is_here(dataset: xr.Dataset, finished: Path) -> None:
         dataset.acts.text([53])
 
 
+def test_rows_show_themselves_with_their_scores(dataset: xr.Dataset) -> None:
+    best = dataset.acts.top(np.arange(53) / 8, 2)
+    shown = best.acts.text(window=2)
+    assert dict(shown.labels) == {"row": (52, 51), "top_score": (6.5, 6.375)}
+    assert "52" in repr(shown)
+    assert "6.375" in shown._repr_html_()
+
+
+def test_the_accessor_shows_the_card_and_what_is_here(dataset: xr.Dataset, contents: Contents) -> None:
+    part = dataset.isel(sample=[3, 5])
+    assert contents.plan.fingerprint[:8] in repr(part.acts)
+    assert repr(part.acts).endswith("2 of 53 samples")
+    assert "2 of 53 samples" in part.acts._repr_html_()
+    assert "no samples" in repr(dataset.mean("sample").acts)
+
+
 def test_a_store_without_documents(tmp_path: Path) -> None:
     opened = xr.open_dataset(make_contents(documents=False).write(tmp_path / "run.acts.zarr"))
     with pytest.raises(UnknownNameError, match="holds no documents; it was made without"):
@@ -301,7 +317,7 @@ def test_the_best_rows_by_a_function(
     best = np.argsort(-scores, kind="stable")[:count]
     found = dataset.acts.top(lambda rows: rows @ direction, count, hook="blocks.5.hook_resid_post")
     np.testing.assert_array_equal(found.acts.rows, best)
-    np.testing.assert_allclose(found.score, scores[best])
+    np.testing.assert_allclose(found.top_score, scores[best])
     again = dataset.acts.top(scores, count)
     np.testing.assert_array_equal(again.acts.rows, best)
 

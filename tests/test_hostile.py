@@ -27,6 +27,10 @@ MOST_SECONDS = 5.0  # of all processors together: others may use this machine to
 MOST_LETTERS = 600
 PROCESSES = 2
 HERE = Path(__file__).parent
+QUIET = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}  # a child is forked: no threads
 
 
 class Children:
@@ -36,7 +40,7 @@ class Children:
         self._process = subprocess.Popen(
             [sys.executable, HERE / "hostile_child.py"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"},
+            env=os.environ | QUIET | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"},
         )  # fmt: skip
         if "ready" not in self._line():
             raise RuntimeError("the children's parent did not start")

@@ -60,7 +60,8 @@ print(json.dumps(soak.result()))
 LEAKS = {
     "megabytes": ("pass", "kept.append((batch, b'x' * 50_000))"),  # a tenth of a window
     "threads": (  # a busy machine makes few loaders in these seconds
-        "for _ in range(8): threading.Thread(target=threading.Event().wait, daemon=True).start()", "pass",
+        "for _ in range(8): threading.Thread(target=threading.Event().wait, daemon=True).start()",
+        "pass",
     ),
     "files": ("kept.append(open(__file__ if '__file__' in globals() else '/dev/null'))", "pass"),
     "nothing": ("pass", "pass"),
