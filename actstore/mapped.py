@@ -64,7 +64,7 @@ class MappedRows:
         self._length = self._stride * self._chunks + len(self._tail)
         self._step = math.gcd(self._stride, site.row_bytes, 16)  # of addresses: memory of our own begins at such, too
         self._most, self._most_mapped = _most_open(layout), _most_mapped(layout)
-        self._shards = OrderedDict[int, _Shard]()
+        self._shards = OrderedDict[int, Shard]()
         self._compared: dict[int, int] = {}  # a number of the file by block: 100 bytes for each shard of 128 MiB
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class MappedRows:
         mapped: dict[int, _Mapping] = {}
         own: UInt8[np.ndarray, "row byte"] | None = None
         announce = functools.partial(self._announce, whole=whole)
-        for piece in _ahead(self._pieces(samples, whole=whole), announce, most=self._most):
+        for piece in read_ahead(self._pieces(samples, whole=whole), announce, most=self._most):
             shard = self._ready(piece, whole=whole)
             if shard is not None and (piece.block in mapped or len(mapped) < self._most_mapped):
                 mapped[piece.block] = shard.mapping
@@ -116,19 +116,19 @@ class MappedRows:
     def _rows(self, addresses: Int64[np.ndarray, " row"], keep: object) -> RowView:
         return RowView.at(addresses, self._site.row_bytes, step=self._step, keep=keep)
 
-    def _pieces(self, samples: Int64[np.ndarray, " row"], *, whole: bool) -> Iterator["_Piece"]:
+    def _pieces(self, samples: Int64[np.ndarray, " row"], *, whole: bool) -> Iterator["Piece"]:
         """Rows of one chunk, where they are wanted whole; else of one shard, some thousand at most."""
         layout = self._source.layout
         blocks = samples // layout.block_samples
         chunks, rows = np.divmod(samples - blocks * layout.block_samples, layout.chunk_samples)
         starts = chunks * self._stride + rows * self._site.row_bytes
         most = layout.chunk_samples if whole else PIECE_ROWS
-        for start, stop in _runs(samples // layout.chunk_samples if whole else blocks):
+        for start, stop in runs(samples // layout.chunk_samples if whole else blocks):
             for first in range(start, stop, most):
                 last = min(first + most, stop)
-                yield _Piece(int(blocks[first]), int(chunks[first]), first, last, starts[first:last])
+                yield Piece(int(blocks[first]), int(chunks[first]), first, last, starts[first:last])
 
-    def _announce(self, piece: "_Piece", *, whole: bool) -> int:
+    def _announce(self, piece: "Piece", *, whole: bool) -> int:
         """Announces chunks, and the pages of single rows unless all that are looked for are in memory."""
         shard = self._shard(piece.block) if whole else self._compared_shard(piece.block)
         if whole:
@@ -146,7 +146,7 @@ class MappedRows:
                 shard.announce(start, stop)
         return len(starts) * self._site.row_bytes
 
-    def _ready(self, piece: "_Piece", *, whole: bool) -> "_Shard | None":
+    def _ready(self, piece: "Piece", *, whole: bool) -> "Shard | None":
         """The shard of a piece, once what is wanted of it was compared and is in memory; None: read it otherwise."""
         if not whole:
             shard = self._compared_shard(piece.block)
@@ -166,21 +166,21 @@ class MappedRows:
         """The way of every other store: it reads what is unusual, and its errors say what is wrong."""
         gather(self._source, [self._layer], samples, out.view(self._site.dtype)[None])
 
-    def _shard(self, block: int) -> "_Shard | None":
+    def _shard(self, block: int) -> "Shard | None":
         """A shard; None where it is not there, or not as actstore writes it."""
         found = self._shards.get(block)
         if found is not None:
             self._shards.move_to_end(block)
             return found
         path = self._root.path / shard_key(self._site, self._layer, block)
-        found = _Shard.open(path, self._tail, length=self._length)
+        found = Shard.open(path, self._tail, length=self._length)
         if found is not None:
             while len(self._shards) >= self._most:
                 self._shards.popitem(last=False)
             self._shards[block] = found
         return found
 
-    def _compared_shard(self, block: int) -> "_Shard | None":
+    def _compared_shard(self, block: int) -> "Shard | None":
         """A shard for single rows, once its first chunk was compared."""
         shard = self._shard(block)
         if shard is None:
@@ -209,7 +209,7 @@ class MappedRows:
 
 
 @dataclasses.dataclass
-class _Piece:
+class Piece:
     """Wanted rows `first` to `last - 1`, of one shard, and their first bytes in it; `chunk` is the first row's."""
 
     block: int
@@ -252,7 +252,7 @@ class _Mapping:
         _LIBC.madvise(self.address, self._length, mmap.MADV_RANDOM)
 
 
-class _Shard:
+class Shard:
     """An open and mapped file that has the length and the index of a shard."""
 
     def __init__(self, file: int) -> None:
@@ -260,11 +260,11 @@ class _Shard:
         self._file, self._byte, self._single = file, bytearray(1), False
         weakref.finalize(self, os.close, file)
         status = os.fstat(file)
-        self.identity, self._length = hash((status.st_dev, status.st_ino, status.st_mtime_ns)), status.st_size
+        self.identity, self._length = identity(status), status.st_size
         self.mapping = _Mapping(file, status.st_size)
 
     @classmethod
-    def open(cls, path: Path, tail: bytes, *, length: int) -> "_Shard | None":
+    def open(cls, path: Path, tail: bytes, *, length: int) -> "Shard | None":
         """The file, if it has this length and ends so."""
         with contextlib.suppress(OSError):  # an empty file cannot be mapped either
             shard = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
@@ -296,6 +296,11 @@ class _Shard:
         return False
 
 
+def identity(status: os.stat_result) -> int:
+    """What tells a file from another one, and from itself before it was last written."""
+    return hash((status.st_dev, status.st_ino, status.st_mtime_ns))
+
+
 def _libc() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
     address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -308,12 +313,12 @@ def _libc() -> ctypes.CDLL:
 _LIBC = _libc()  # Python's own mmap holds a file open for each mapping, and processes may not have many
 
 
-def _runs(values: Int64[np.ndarray, " row"]) -> Iterator[tuple[int, int]]:
+def runs(values: Int64[np.ndarray, " row"]) -> Iterator[tuple[int, int]]:
     """First place of each run of equal values, which are not negative, and one past its last."""
     return itertools.pairwise([*np.flatnonzero(np.diff(values, prepend=-1)).tolist(), len(values)])
 
 
-def _ahead(items: Iterable[Item], announce: Callable[[Item], int], *, most: int) -> Iterator[Item]:
+def read_ahead(items: Iterable[Item], announce: Callable[[Item], int], *, most: int) -> Iterator[Item]:
     """The items in order, each after the next `AHEAD_BYTES`, or `most` items, were announced."""
     waiting: deque[tuple[Item, int]] = deque()
     announced = 0

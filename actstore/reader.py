@@ -1,7 +1,8 @@
 """Reads a store with xarray: lazy arrays over TensorStore, and the engine behind `xr.open_dataset("run.acts.zarr")`."""
 
+import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from xarray.core import indexing
 
 from actstore.errors import CorruptStoreError, UnfinishedStoreError
 from actstore.gather import Samples, Source, gather
-from actstore.kvstore import SUFFIX, TIMEOUT_SECONDS, Root, storage_errors
+from actstore.kvstore import SUFFIX, TIMEOUT_SECONDS, Root, refuse_fork, storage_errors
 from actstore.ledger import committed_blocks, committed_ranges, read_plan, read_status
+from actstore.mapped import can_map
 from actstore.metadata import array_metadata, group_metadata
 from actstore.objects import Objects
+from actstore.picked import PickedRows
 from actstore.schema import Plan
+from actstore.texts import documents_dataset
 from actstore.vouchers import Vouchers
 
 ROW = "row"  # the coordinate that says which sample of the store each is, unless the store has its own of this name
@@ -46,12 +50,19 @@ class Committed:
 class LazyArray(BackendArray):
     """A stored array that xarray reads piece by piece. bfloat16 becomes float32 unless `raw`.
 
-    With `committed` it shows only these samples.
+    With `committed` it shows only these samples. Any thread may read, and a copy may be made by pickling.
+
+    With `rows`, of a site's layers in a local store without compression, rows are copied from where they lie: any order
+    and any repetition costs nothing but the result. Their chunks are compared with the commit markers: those of which
+    half or more is wanted each time, the others once until their file changes. Other arrays are read and compared chunk
+    by chunk, each time; for an order that does not ascend, xarray copies the result once more.
     """
 
-    def __init__(self, source: Source, *, raw: bool, committed: Committed | None = None) -> None:
+    def __init__(
+        self, source: Source, *, raw: bool, committed: Committed | None = None, rows: Sequence[PickedRows] = ()
+    ) -> None:
         stored = source.array.dtype
-        self._source, self._committed = source, committed
+        self._source, self._committed, self._rows = source, committed, tuple(rows)
         shape = list(source.array.shape)
         if committed is not None:
             shape[0 if source.layers is None else 1] = len(committed)
@@ -59,18 +70,31 @@ class LazyArray(BackendArray):
         self.dtype = np.dtype(np.float32) if not raw and stored.name == "bfloat16" else stored.numpy_dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Shaped[np.ndarray, "..."]:
-        """What xarray calls: slices and integer arrays per axis; the rest xarray does in memory."""
+        """What xarray calls: slices and integer arrays per axis; pointwise indexing xarray finishes in memory."""
+        if self._rows and isinstance(key, indexing.BasicIndexer | indexing.OuterIndexer):
+            return self._read(key.tuple)
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 
+    async def async_getitem(self, key: indexing.ExplicitIndexer) -> Shaped[np.ndarray, "..."]:
+        """The same in a thread of the event loop: what `load_async` calls for all variables at once."""
+        return await asyncio.to_thread(self.__getitem__, key)
+
     def _read(self, key: tuple[Any, ...]) -> Shaped[np.ndarray, "..."]:
-        """The selected box. xarray has made steps positive and arrays ascending; it does not look at their bounds."""
+        """The selected box. Of arrays without `rows`, xarray has made steps positive and arrays ascending."""
+        refuse_fork()
         axes = [_chosen(index, size) for index, size in zip(key, self.shape, strict=True)]
         layered = self._source.layers is not None
         layers = [int(layer) for layer in axes[0]] if layered else [0]
         samples, *rest = axes[1:] if layered else axes
         samples = samples if self._committed is None else self._committed.stored(samples)
+        width = _as_index(rest[0], self.shape[-1]) if rest else slice(None)
         out = np.empty((len(layers), len(samples), *map(len, rest)), self.dtype)
-        gather(self._source, layers, samples, out, width=_as_index(rest[0], self.shape[-1]) if rest else slice(None))
+        if self._rows:
+            numbers = np.asarray(samples, np.int64)
+            for place, layer in enumerate(layers):
+                self._rows[layer].fill(numbers, out[place], width=width)
+        else:
+            gather(self._source, layers, samples, out, width=width)
         kept = [len(axis) for index, axis in zip(key, axes, strict=True) if not isinstance(index, int | np.integer)]
         return out.reshape(kept)
 
@@ -98,6 +122,7 @@ class ActstoreBackend(BackendEntrypoint):
 
     description = "Activation stores (*.acts.zarr), read through TensorStore"
     open_dataset_parameters = ("filename_or_obj", "drop_variables", "raw", "partial", "check")
+    supports_groups = True
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
         """Whether this looks like an activation store: a path that ends in `.acts.zarr`."""
@@ -118,6 +143,21 @@ class ActstoreBackend(BackendEntrypoint):
         root = Root.of(filename_or_obj)
         drop = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
         return open_dataset(root, read_plan(root, unfinished=partial), raw=raw, partial=partial, check=check, drop=drop)
+
+    def open_groups_as_dict(  # type: ignore[override]  # engines add their own keywords
+        self, filename_or_obj: str | os.PathLike[str], **settings: Any
+    ) -> dict[str, xr.Dataset]:
+        """The store under `/`, and its documents under `/documents` if it has any. Keywords are of `open_dataset`."""
+        root = Root.of(filename_or_obj)
+        groups = {"/": self.open_dataset(filename_or_obj, **settings)}
+        documents = documents_dataset(root, read_plan(root, unfinished=settings.get("partial", False)))
+        return groups if documents is None else groups | {"/documents": documents}
+
+    def open_datatree(  # type: ignore[override]  # engines add their own keywords
+        self, filename_or_obj: str | os.PathLike[str], **settings: Any
+    ) -> xr.DataTree:
+        """The same groups as a tree."""
+        return xr.DataTree.from_dict(self.open_groups_as_dict(filename_or_obj, **settings))
 
 
 def check_complete(root: Root, plan: Plan) -> None:
@@ -174,7 +214,7 @@ def open_dataset(
             variables[name] = _labels(root, plan, name, spec, complete=complete)
         else:
             source = Source(root.open_array(name, spec), name, plan.layout, root.url, vouchers)
-            variables[name] = _variable(source, spec, raw=raw, committed=committed)
+            variables[name] = _variable(root, source, spec, raw=raw, committed=committed)
     if ROW not in metadata and ROW not in drop:
         numbers = indexing.LazilyIndexedArray(RowNumbers(plan.layout.samples, committed))
         variables[ROW] = xr.Variable(["sample"], numbers, {"long_name": "sample of the store"})
@@ -195,13 +235,17 @@ def read_column(root: Root, plan: Plan, name: str, samples: Int64[np.ndarray, " 
     return out[0, places]
 
 
-def _variable(source: Source, spec: dict[str, Any], *, raw: bool, committed: Committed | None) -> xr.Variable:
+def _variable(
+    root: Root, source: Source, spec: dict[str, Any], *, raw: bool, committed: Committed | None
+) -> xr.Variable:
     """A lazy variable over a stored array. What is not committed is left out, never shown as zeros."""
     dimensions = spec["dimension_names"]
     attributes = {key: value for key, value in spec["attributes"].items() if key != "coordinates"}
     shard = spec["chunk_grid"]["configuration"]["chunk_shape"]
     encoding = {"preferred_chunks": dict(zip(dimensions, shard, strict=True))}
-    lazy = LazyArray(source, raw=raw, committed=committed)
+    site = source.layout.site_of(source.name) if source.is_site and can_map(root, source) else None
+    rows = [PickedRows(root, source, site, layer) for layer in range(site.rows_per_sample)] if site else []
+    lazy = LazyArray(source, raw=raw, committed=committed, rows=rows)
     return xr.Variable(dimensions, indexing.LazilyIndexedArray(lazy), attributes, encoding)
 
 
@@ -228,7 +272,7 @@ def _labels(root: Root, plan: Plan, name: str, spec: dict[str, Any], *, complete
 
 
 def _chosen(index: Any, size: int) -> Samples:
-    """What an index takes of an axis, ascending.
+    """What an index takes of an axis; numbers below zero count from its end.
 
     Raises:
         IndexError: it is out of bounds.
@@ -236,14 +280,17 @@ def _chosen(index: Any, size: int) -> Samples:
     if isinstance(index, slice):
         return range(*index.indices(size))
     wanted = np.atleast_1d(np.asarray(index, np.int64))
-    if wanted.size and not (wanted.min() >= 0 and wanted.max() < size):
+    if wanted.size and not (wanted.min() >= -size and wanted.max() < size):
         worst = wanted.max() if wanted.max() >= size else wanted.min()
         raise IndexError(f"index {worst} is out of bounds for an axis of size {size}")
-    return range(int(index), int(index) + 1) if isinstance(index, int | np.integer) else wanted
+    wanted = np.where(wanted < 0, wanted + size, wanted)
+    return range(int(wanted[0]), int(wanted[0]) + 1) if isinstance(index, int | np.integer) else wanted
 
 
 def _as_index(axis: Samples, size: int) -> slice | Int64[np.ndarray, " chosen"]:
     """What `_chosen` gave, as an index of NumPy; a whole axis is `slice(None)`."""
     if not isinstance(axis, range):
         return axis
-    return slice(None) if axis == range(size) else slice(axis.start, axis.stop, axis.step)
+    if axis == range(size):
+        return slice(None)
+    return slice(axis.start, axis.stop if axis.stop >= 0 else None, axis.step)

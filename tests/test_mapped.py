@@ -23,7 +23,7 @@ from actstore import Layout, Site
 from actstore.errors import CorruptStoreError
 from actstore.gather import Source, gather
 from actstore.kvstore import Root
-from actstore.mapped import AHEAD_BYTES, REQUEST_BYTES, ROW_BYTES, MappedRows, _ahead, _Shard, can_map
+from actstore.mapped import AHEAD_BYTES, REQUEST_BYTES, ROW_BYTES, MappedRows, Shard, can_map, read_ahead
 from actstore.rows import Memory
 from actstore.vouchers import Vouchers
 
@@ -174,7 +174,7 @@ def test_what_is_announced_comes_into_memory(tmp_path: Path) -> None:
     path = tmp_path / "shard"
     path.write_bytes(os.urandom(4 * REQUEST_BYTES) + b"tail")
     forget(tmp_path)
-    shard = _Shard.open(path, b"tail", length=4 * REQUEST_BYTES + 4)
+    shard = Shard.open(path, b"tail", length=4 * REQUEST_BYTES + 4)
     assert shard is not None
     places = np.arange(0, 3 * REQUEST_BYTES, 4096)
     if not shard.lacks(places[-1:]):
@@ -199,7 +199,7 @@ def test_items_come_in_order_some_bytes_behind_what_is_announced(sizes: list[int
         announced += 1
         return sizes[item]
 
-    for place, item in enumerate(_ahead(range(len(sizes)), announce, most=most)):
+    for place, item in enumerate(read_ahead(range(len(sizes)), announce, most=most)):
         ahead = sizes[item + 1 : announced]
         assert place == item < announced
         assert len(ahead) < most

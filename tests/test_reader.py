@@ -1,25 +1,29 @@
-"""Reading with xarray: every kind of indexing against NumPy in memory, refusals, and damage that must be loud."""
+"""Reading with xarray: what a dataset is, refusals, and damage that must be loud. Indexing: test_indexing.py."""
 
+import asyncio
+import dataclasses
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from stores import LAYOUT, make_contents
+from appending import added_samples
+from stores import LAYOUT, make_contents, tree
 
 import actstore
+from actstore import picked
 from actstore.errors import CorruptStoreError, StoreNotFoundError, UnfinishedStoreError
 from actstore.reader import ActstoreBackend
 
 SITES = [site.name for site in LAYOUT.sites]
-RESID = make_contents().rows["resid_post"]
+LAYOUT_COLUMNS = [column.name for column in LAYOUT.columns]
 OPENERS = {
     "engine": lambda path: xr.open_dataset(path, engine="actstore"),
     "engine, raw": lambda path: xr.open_dataset(path, engine="actstore", raw=True),
@@ -40,115 +44,6 @@ def as_memory(array):
     """An array of a store with the dimension names of `in_memory`; nothing is read."""
     dims = ["layer", "sample", "hidden"][-array.ndim :]
     return array.drop_vars(list(array.coords)).rename(dict(zip(array.dims, dims, strict=True)))
-
-
-def points(*values):
-    return xr.DataArray(np.array(values), dims="point")
-
-
-INDEXINGS = {
-    "everything": {},
-    "slice": {"sample": slice(3, 40)},
-    "step": {"sample": slice(1, 50, 7)},
-    "step over the end": {"sample": slice(5, 1000, 3)},
-    "backwards": {"sample": slice(None, None, -1)},
-    "backwards by three": {"sample": slice(50, 2, -3), "hidden": slice(None, None, -2)},
-    "from the end": {"sample": slice(-9, -2)},
-    "empty slice": {"sample": slice(7, 7)},
-    "slice past the end": {"sample": slice(100, 200)},
-    "integer": {"sample": 17},
-    "last": {"sample": -1},
-    "two integers": {"sample": 0, "hidden": -2},
-    "integers": {"sample": [3, 30, 52]},
-    "unsorted with repeats": {"sample": [52, 0, 17, 17, 0, 51, 16]},
-    "negative integers": {"sample": [-1, 0, -53, 5]},
-    "no integers": {"sample": np.zeros(0, int)},
-    "boolean": {"sample": np.arange(53) % 3 == 1},
-    "nothing true": {"sample": np.zeros(53, bool)},
-    "everything true": {"sample": np.ones(53, bool)},
-    "outer": {"sample": [40, 1, 1], "hidden": [2, 0]},
-    "outer with a slice": {"sample": slice(None, None, -5), "hidden": [1, 1]},
-    "boolean and integers": {"sample": np.arange(53) > 49, "hidden": [2, -1, 0]},
-    "pointwise": {"sample": points(5, 52, 0, 5), "hidden": points(0, 2, 1, 1)},
-    "pointwise with a slice": {"sample": points(9, 3), "hidden": slice(None, 2)},
-    "pointwise in two dimensions": {"sample": xr.DataArray([[1, 50], [50, 3]], dims=["a", "b"])},
-    "pointwise, none": {"sample": points(*np.zeros(0, int)).astype(int)},
-}
-LAYERED = {
-    "one layer": {"layer": 1},
-    "last layer": {"layer": -1, "sample": slice(4, 9)},
-    "layers reversed": {"layer": slice(None, None, -1), "sample": [9, 2]},
-    "layers repeated": {"layer": [2, 0, 0], "sample": slice(20, 10, -3), "hidden": [3, 1]},
-    "all pointwise": {"layer": points(0, 2, 1), "sample": points(52, 0, 20), "hidden": points(3, 0, 1)},
-    "layer boolean": {"layer": np.array([True, False, True]), "sample": 20},
-    "a scalar": {"layer": 2, "sample": 33, "hidden": 1},
-}
-
-
-@pytest.mark.parametrize("how", OPENERS)
-@pytest.mark.parametrize("name", SITES)
-def test_every_indexing_gives_what_numpy_gives(finished, contents, how, name):
-    stored, expected = as_memory(OPENERS[how](finished)[name]), in_memory(contents, name)
-    indexings = INDEXINGS | (LAYERED if name in ("resid_post", "mlp_out") else {})
-    for case, index in indexings.items():
-        found, wanted = stored.isel(index).load(), expected.isel(index)
-        assert found.dims == wanted.dims, case
-        np.testing.assert_array_equal(found.values.astype(np.float32), wanted.values, err_msg=case, strict=True)
-
-
-@pytest.mark.parametrize("how", OPENERS)
-def test_indexing_in_steps_gives_what_numpy_gives(finished, contents, how):
-    stored, expected = as_memory(OPENERS[how](finished).resid_post), in_memory(contents, "resid_post")
-    assert not stored.variable._in_memory
-    for first, then in [
-        ({"sample": slice(10, 50, 3)}, {"sample": [5, 0, 5]}),
-        ({"sample": [40, 3, 17]}, {"sample": slice(None, None, -1)}),
-        ({"layer": [2, 1]}, {"layer": -1, "sample": slice(-3, None)}),
-        ({"sample": slice(None, None, -1)}, {"sample": points(0, 52), "hidden": points(1, 2)}),
-    ]:
-        found = stored.isel(first).isel(then).load().astype(np.float32)
-        xr.testing.assert_equal(found, expected.isel(first).isel(then))
-
-
-@st.composite
-def selections(draw, size):
-    number = st.integers(-size, size - 1)
-    slices = st.slices(size).filter(
-        lambda index: (index.step or 1) > 0 or len(range(size)[index])
-    )  # xarray raises there
-    return draw(
-        slices
-        | number
-        | st.lists(number, max_size=9).map(lambda values: np.array(values, int))
-        | st.lists(st.booleans(), min_size=size, max_size=size).map(np.array)
-    )
-
-
-@given(layer=selections(3), sample=selections(53), hidden=selections(6))
-@settings(max_examples=60)
-def test_any_outer_indexing_gives_what_numpy_gives(finished, layer, sample, hidden):
-    """One axis after the other, with NumPy: outer indexing by its definition."""
-    expected = RESID.astype(np.float32)
-    for axis, index in [(2, hidden), (1, sample), (0, layer)]:
-        expected = expected[(slice(None),) * axis + (index,)]
-    dataset = actstore.open(finished).dataset()
-    stored = dataset.resid_post.isel(layer=layer, sample=sample, hidden=hidden)
-    np.testing.assert_array_equal(stored.values, expected)
-
-
-@pytest.mark.parametrize("how", OPENERS)
-@pytest.mark.parametrize("index", [53, -1000, [0, 53], [-1000], 10**12], ids=str)
-def test_out_of_range_is_an_index_error(finished, how, index):
-    """Far out of range: -54 becomes -1 and then 52 inside xarray's lazy indexing, whatever the engine."""
-    with pytest.raises(IndexError):
-        OPENERS[how](finished).resid_post.isel(sample=index).load()
-
-
-def test_labels_select_layers(finished, contents):
-    dataset = xr.open_dataset(finished)
-    np.testing.assert_array_equal(dataset.resid_post.sel(layer=[11, 2]), in_memory(contents, "resid_post")[[2, 0]])
-    with pytest.raises(KeyError):
-        dataset.resid_post.sel(layer=3)
 
 
 # What a dataset is
@@ -206,6 +101,44 @@ def test_variables_can_be_left_out(finished):
     assert set(xr.open_dataset(finished, drop_variables=[*SITES, "layer"]).data_vars) == {f"{n}_norm" for n in SITES}
 
 
+def test_the_tree_has_the_dataset_and_the_documents(finished, contents):
+    opened = xr.open_datatree(finished)
+    assert list(opened.children) == ["documents"]
+    xr.testing.assert_identical(opened.to_dataset(), xr.open_dataset(finished))
+    assert xr.open_datatree(finished, raw=True).resid_post.dtype == ml_dtypes.bfloat16
+    documents = opened["documents"].to_dataset(inherit=False)
+    expected = {"id": contents.documents.ids, "text": contents.documents.texts, **contents.documents.columns}
+    assert set(documents.data_vars) == set(expected)
+    for name, values in expected.items():
+        assert not documents[name].variable._in_memory
+        for index in (slice(None), slice(None, None, -2), [3, 0, 3], [-1], np.array([True, False, True, False, True])):
+            wanted = [values[number] for number in np.arange(len(values))[index]]
+            assert documents[name].isel(document=index).values.tolist() == wanted
+        assert documents[name].isel(document=-2).item() == values[-2]
+        with pytest.raises(IndexError):
+            documents[name].isel(document=5).load()
+    assert set(xr.open_groups(finished)) == {"/", "/documents"}
+
+
+def test_documents_of_all_generations_are_one_table(tmp_path):
+    addition = added_samples(documents=3)
+    path = addition.write(addition.before.write(tmp_path / "run.acts.zarr"))
+    documents = xr.open_datatree(path)["documents"]
+    assert documents["text"].values.tolist() == list(addition.whole.documents.texts)
+    assert documents["pages"][[4, 1]].values.tolist() == [7, -1]
+
+
+def test_a_store_without_documents_is_a_tree_of_one(tmp_path):
+    path = make_contents(documents=False).write(tmp_path / "x.acts.zarr")
+    assert not xr.open_datatree(path).children
+
+
+def test_an_unfinished_store_is_no_tree_unless_partial(unfinished):
+    with pytest.raises(UnfinishedStoreError):
+        xr.open_datatree(unfinished)
+    assert xr.open_datatree(unfinished, partial=True).sizes["sample"] == len(COMMITTED)
+
+
 def test_documents_are_a_group_of_their_own(finished, contents):
     tree = xr.open_datatree(finished, engine="zarr")
     documents = tree["documents"].to_dataset()
@@ -233,6 +166,77 @@ def test_dask_chunks_are_shards(finished, contents):
     np.testing.assert_array_equal(dataset.resid_post.compute(), in_memory(contents, "resid_post"))
 
 
+def test_load_async_reads_everything_at_once(finished, contents, monkeypatch):
+    """Four sites, each read by a thread that waits until all four are being read."""
+    meeting, fill = threading.Barrier(4, timeout=60), picked.PickedRows.fill
+
+    def waiting(self, *arguments, **settings):
+        meeting.wait()
+        fill(self, *arguments, **settings)
+
+    monkeypatch.setattr(picked.PickedRows, "fill", waiting)
+    dataset = xr.open_dataset(finished)[SITES].drop_vars(contents.columns)
+    one = dict.fromkeys(["layer", "attn_out_layer"], 0)
+    loaded = asyncio.run(dataset.isel(one).load_async())
+    monkeypatch.undo()
+    xr.testing.assert_identical(loaded, dataset.isel(one).load())
+
+
+@pytest.mark.parametrize("codec", ["crc32c", "zstd"])
+def test_load_async_gives_what_load_gives(tmp_path, codec):
+    contents = make_contents(dataclasses.replace(LAYOUT, codec=codec))
+    path = contents.write(tmp_path / "run.acts.zarr")
+
+    async def load():
+        dataset, documents = xr.open_dataset(path), xr.open_datatree(path)["documents"].to_dataset()
+        array = dataset.resid_post.isel(sample=[9, 2], hidden=slice(None, None, -1)).load_async()
+        return await asyncio.gather(dataset.load_async(), array, documents.load_async())
+
+    dataset, array, documents = asyncio.run(load())
+    xr.testing.assert_identical(dataset, xr.open_dataset(path).load())
+    np.testing.assert_array_equal(array, in_memory(contents, "resid_post")[:, [9, 2], ::-1])
+    assert documents.text.values.tolist() == list(contents.documents.texts)
+
+
+def test_a_copy_by_to_zarr_is_the_same(finished, tmp_path):
+    dataset = xr.open_dataset(finished)
+    dataset.to_zarr(tmp_path / "copy.zarr", consolidated=False)
+    xr.testing.assert_identical(xr.open_zarr(tmp_path / "copy.zarr", chunks=None, consolidated=False).load(), dataset)
+
+
+def test_dask_may_not_write_parts_of_a_shard(copied):
+    """By xarray itself, with the shards that the store has; one task would undo what another wrote."""
+    pytest.importorskip("dask", reason="dask is not installed: its writes are not tested")
+    raw = xr.open_dataset(copied, raw=True)[["resid_post"]].drop_vars(["layer", *LAYOUT_COLUMNS])
+    before = tree(copied)
+    for chunks in ({"sample": 5}, {"sample": 8}, {"sample": (10, 43)}, {"hidden": 4}):
+        with pytest.raises(ValueError, match=r"overlap multiple Dask chunks|would overlap"):
+            raw.chunk(chunks).to_zarr(copied, mode="r+", region="auto")
+    assert tree(copied) == before
+
+
+def test_rows_that_another_writer_put_into_a_store_are_an_error(copied):
+    """Nothing keeps zarr-python from writing whole shards; they are not what was committed."""
+    dataset = xr.open_dataset(copied)
+    first = dataset.isel(sample=slice(0, 16))[["resid_post"]].drop_vars(["layer", *LAYOUT_COLUMNS])
+    raw = xr.open_dataset(copied, raw=True).isel(sample=slice(0, 16))[["resid_post"]]
+    changed = (raw.drop_vars(["layer", *LAYOUT_COLUMNS]).load() * raw.resid_post.dtype.type(2)).drop_attrs()
+    assert first.sizes == changed.sizes
+    changed.to_zarr(copied, mode="r+", region={"sample": slice(0, 16)})
+    with pytest.raises(CorruptStoreError, match="swapped, stale or edited"):
+        dataset.resid_post.isel(sample=3).load()
+    dataset.resid_post.isel(sample=slice(16, 53)).load()
+
+
+def test_a_dataset_is_read_only(finished):
+    """Assigning changes a copy in memory."""
+    dataset, before = xr.open_dataset(finished), tree(finished)
+    dataset.resid_post[:, 3] = 0
+    assert (dataset.resid_post[:, 3] == 0).all()
+    assert (xr.open_dataset(finished).resid_post[:, 3] != 0).any()
+    assert tree(finished) == before
+
+
 @pytest.mark.parametrize(
     ("name", "answer"),
     [("run.acts.zarr", True), ("run.acts.zarr/", True), ("run.zarr", False), ("acts.zarr.nc", False), (3, False)],
@@ -246,18 +250,21 @@ PLAIN = """
 import sys, warnings
 warnings.simplefilter("error")
 import xarray as xr
+ways = {
+    "zarr": xr.open_zarr, "dataset": xr.open_dataset, "tree": lambda path: xr.open_datatree(path).to_dataset(),
+    "zarr tree": lambda path: xr.open_datatree(path, engine="zarr").to_dataset(),
+}
 for way in sys.argv[2:]:
-    open_it = {"zarr": xr.open_zarr, "dataset": xr.open_dataset}.get(way)
-    dataset = open_it(sys.argv[1]) if open_it else xr.open_datatree(sys.argv[1], engine="zarr").to_dataset()
-    print(way, dataset.resid_post.dtype, float(dataset.resid_post.astype("float32").sum()))
+    dataset = ways[way](sys.argv[1])
+    print(way.replace(" ", "_"), dataset.resid_post.dtype, float(dataset.resid_post.astype("float32").sum()))
 """
 
 
 @pytest.mark.parametrize(
     "ways",
     [
-        pytest.param(["dataset", "zarr", "datatree"], id="any way after the engine"),
-        pytest.param(["zarr", "datatree"], id="zarr alone"),
+        pytest.param(["dataset", "tree", "zarr", "zarr tree"], id="any way after the engine"),
+        pytest.param(["zarr", "zarr tree"], id="zarr alone"),
     ],
 )
 def test_a_program_that_only_knows_xarray_opens_a_store(finished, contents, ways):
@@ -266,8 +273,8 @@ def test_a_program_that_only_knows_xarray_opens_a_store(finished, contents, ways
     assert answer.returncode == 0, answer.stderr
     total = float(in_memory(contents, "resid_post").sum())
     found = [line.split() for line in answer.stdout.splitlines()]
-    assert [line[0] for line in found] == ways
-    assert [line[1] for line in found] == ["float32" if way == "dataset" else "bfloat16" for way in ways]
+    assert [line[0].replace("_", " ") for line in found] == ways
+    assert [line[1] for line in found] == ["float32" if way in ("dataset", "tree") else "bfloat16" for way in ways]
     assert [float(line[2]) for line in found] == pytest.approx([total] * len(ways), rel=1e-5)
     assert answer.stderr == ""
 
@@ -400,6 +407,80 @@ def test_opening_reads_no_rows(copied):
             shutil.rmtree(folder)
     dataset = xr.open_dataset(copied)
     assert dataset.resid_post.shape == (3, 53, 6)
+
+
+# When chunks are compared
+
+
+FEW, MOST = {"sample": 33}, {"sample": slice(32, 36)}  # of the first chunk of block 2, four rows
+
+
+def flip_unnoticed(path, place):
+    """A bit that changes while the file keeps its time: a disk that errs, not a writer."""
+    times = path.stat()
+    flip(path, place)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_few_rows_of_a_chunk_are_compared_once_and_most_each_time(copied):
+    array, path = xr.open_dataset(copied).resid_post.isel(layer=1), copied / SHARDS["resid_post"]
+    array.isel(FEW).copy().load()
+    flip_unnoticed(path, 3)
+    array.isel(FEW).copy().load()
+    with pytest.raises(CorruptStoreError, match=r"resid_post, layer 5, block 2 of .*`actstore repair`$"):
+        array.isel(MOST).copy().load()
+    with pytest.raises(CorruptStoreError):  # by whoever has not compared it
+        xr.open_dataset(copied).resid_post.isel(layer=1, **FEW).load()
+
+
+CHANGES = {
+    "written again": lambda path, data: path.write_bytes(data),
+    "replaced": lambda path, data: (path.with_name("new").write_bytes(data), path.with_name("new").replace(path)),
+}
+
+
+@pytest.mark.parametrize("which", [FEW, MOST], ids=["few", "most"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("cut", [0, 9, 200], ids=["flipped", "cut", "short"])
+def test_a_file_that_changed_is_compared_again(copied, contents, change, which, cut):
+    """Cut too: what is mapped and no longer there would end the process."""
+    array, path = xr.open_dataset(copied).resid_post.isel(layer=1), copied / SHARDS["resid_post"]
+    array.isel(which).copy().load()
+    sound = path.read_bytes()
+    change(path, (bytes([sound[0] ^ 1]) + sound[1:])[: len(sound) - cut])
+    with pytest.raises(CorruptStoreError):
+        array.isel(which).copy().load()
+    change(path, sound)
+    np.testing.assert_array_equal(array.isel(which).copy().load(), in_memory(contents, "resid_post")[1].isel(which))
+
+
+def test_a_damaged_chunk_does_not_hide_its_neighbours(copied, contents):
+    """The chunks of a shard are compared each for itself."""
+    flip(copied / SHARDS["resid_post"], 3)
+    array = xr.open_dataset(copied).resid_post.isel(layer=1)
+    for index in (40, slice(36, 48), [47, 36]):
+        np.testing.assert_array_equal(array.isel(sample=index), in_memory(contents, "resid_post")[1, index])
+    with pytest.raises(CorruptStoreError):
+        array.isel(sample=[32, 47]).load()
+
+
+def test_few_files_may_be_open(finished, contents, monkeypatch):
+    monkeypatch.setattr("actstore.mapped._most_open", lambda layout: 1)
+    array, expected = xr.open_dataset(finished).resid_post, in_memory(contents, "resid_post")
+    for index in (slice(None), [50, 3, 33, 20], slice(None, None, 5)):
+        np.testing.assert_array_equal(array.isel(sample=index), expected.isel(sample=index))
+
+
+def test_many_threads_may_read_few_and_many_rows(finished, contents, monkeypatch):
+    """Few enough files that each thread closes those of the others."""
+    monkeypatch.setattr("actstore.mapped._most_open", lambda layout: 1)
+    array, expected = xr.open_dataset(finished).resid_post, in_memory(contents, "resid_post")
+    generator = np.random.default_rng(0)
+    chosen = [generator.integers(53, size=size) for size in (1, 3, 60) for _ in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda rows: array.isel(sample=rows).values, chosen))
+    for values, rows in zip(found, chosen, strict=True):
+        np.testing.assert_array_equal(values, expected[:, rows])
 
 
 @pytest.mark.parametrize("name", ["plan.json", "../zarr.json"])

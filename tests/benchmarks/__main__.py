@@ -10,7 +10,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks import extraction, growth, loading, scale, writing
+from tests.benchmarks import extraction, growth, loading, notebooks, scale, writing
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="actstore-bench-", dir=options.folder) as name:
         figures |= writing.measure(Path(name), repeats=options.repeats)
         figures |= loading.measure(Path(name), repeats=options.repeats)
+        figures |= notebooks.measure(Path(name), repeats=options.repeats)
         figures |= scale.measure(Path(name), repeats=options.repeats)
         figures |= growth.measure(Path(name), repeats=options.repeats)
         figures |= extraction.measure(Path(name), model=options.model, repeats=options.repeats)
