@@ -110,11 +110,15 @@ class RowNumbers(BackendArray):
         """What xarray calls."""
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 
+    async def async_getitem(self, key: indexing.ExplicitIndexer) -> Shaped[np.ndarray, "..."]:
+        """What `load_async` calls."""
+        return self[key]
+
     def _read(self, key: tuple[Any, ...]) -> Shaped[np.ndarray, "..."]:
         (index,) = key
         samples = _chosen(index, self.shape[0])
         numbers = np.asarray(samples if self._committed is None else self._committed.stored(samples), np.int64)
-        return numbers[0] if isinstance(index, int | np.integer) else numbers
+        return numbers.reshape(()) if isinstance(index, int | np.integer) else numbers
 
 
 class ActstoreBackend(BackendEntrypoint):

@@ -47,6 +47,8 @@ def in_memory(contents: Contents, how: str, attrs: dict[str, dict]) -> xr.Datase
     """What was written as a Dataset over NumPy arrays, with the attributes that are expected of each variable."""
     layout = contents.layout
     coords = {name: ("sample", values, attrs[name]) for name, values in contents.columns.items()}
+    if "row" in attrs:  # zarr-python shows what is stored, and no more
+        coords["row"] = ("sample", np.arange(layout.samples), attrs["row"])
     arrays = {}
     for site in layout.sites:
         rows = contents.rows[site.name]

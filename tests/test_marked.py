@@ -28,7 +28,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def rows(finished):
     """Every row of a store whose texts have letters of one to four bytes, joined emoji, flags and marks."""
-    found = actstore.open(finished).text(range(53), window=5)
+    found = list(actstore.open(finished).text(range(53), window=5))
     assert len({row.token for row in found}) > 20
     return found
 

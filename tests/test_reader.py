@@ -207,7 +207,7 @@ def test_a_copy_by_to_zarr_is_the_same(finished, tmp_path):
 def test_dask_may_not_write_parts_of_a_shard(copied):
     """By xarray itself, with the shards that the store has; one task would undo what another wrote."""
     pytest.importorskip("dask", reason="dask is not installed: its writes are not tested")
-    raw = xr.open_dataset(copied, raw=True)[["resid_post"]].drop_vars(["layer", *LAYOUT_COLUMNS])
+    raw = xr.open_dataset(copied, raw=True)[["resid_post"]].drop_vars(["layer", "row", *LAYOUT_COLUMNS])
     before = tree(copied)
     for chunks in ({"sample": 5}, {"sample": 8}, {"sample": (10, 43)}, {"hidden": 4}):
         with pytest.raises(ValueError, match=r"overlap multiple Dask chunks|would overlap"):
@@ -218,9 +218,9 @@ def test_dask_may_not_write_parts_of_a_shard(copied):
 def test_rows_that_another_writer_put_into_a_store_are_an_error(copied):
     """Nothing keeps zarr-python from writing whole shards; they are not what was committed."""
     dataset = xr.open_dataset(copied)
-    first = dataset.isel(sample=slice(0, 16))[["resid_post"]].drop_vars(["layer", *LAYOUT_COLUMNS])
+    first = dataset.isel(sample=slice(0, 16))[["resid_post"]].drop_vars(["layer", "row", *LAYOUT_COLUMNS])
     raw = xr.open_dataset(copied, raw=True).isel(sample=slice(0, 16))[["resid_post"]]
-    changed = (raw.drop_vars(["layer", *LAYOUT_COLUMNS]).load() * raw.resid_post.dtype.type(2)).drop_attrs()
+    changed = (raw.drop_vars(["layer", "row", *LAYOUT_COLUMNS]).load() * raw.resid_post.dtype.type(2)).drop_attrs()
     assert first.sizes == changed.sizes
     changed.to_zarr(copied, mode="r+", region={"sample": slice(0, 16)})
     with pytest.raises(CorruptStoreError, match="swapped, stale or edited"):
