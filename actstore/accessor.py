@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Int64, Shaped
+from xarray.core import indexing
 
 from actstore import card, export
 from actstore.errors import InputError, UnknownNameError
 from actstore.filters import Filter
+from actstore.gather import Samples
 from actstore.hooks import Place, place_of
 from actstore.kept import Kept
 from actstore.kvstore import Root
@@ -26,7 +28,7 @@ from actstore.ledger import read_asset, read_plan
 from actstore.lookup import TokenInContext, in_context, token_ids
 from actstore.marked import TokenRows
 from actstore.moments import to_float32
-from actstore.reader import ROW, check_complete
+from actstore.reader import ROW, RowNumbers, check_complete
 from actstore.runs import DocumentRuns
 from actstore.schema import Plan
 from actstore.shuffle import Permutation
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
 SCORE = "top_score"  # a column of the store may be called score
+ROWS_AT_ONCE = 1 << 22  # that a filter is asked of
 SCORED_BYTES = 64 << 20  # of rows in float32 that a score is asked for at once
 
 Score = Callable[[Shaped[np.ndarray, "row width"]], Shaped[np.ndarray, " row"]]
@@ -179,12 +182,14 @@ class Acts:
             UnknownNameError: no such column, document or token.
             InputError: something is wanted of a column that it cannot be.
         """
-        chosen = np.arange(self._dataset.sizes["sample"])
-        rows = self.rows
+        there, places = self._there(), None
         if document is not None:
-            found = self._store.runs.samples(self._documents(_listed(document)))
-            kept = np.isin(rows, found)
-            chosen, rows = chosen[kept], rows[kept]
+            wanted = self._documents(_listed(document))
+            if self._dataset.attrs["actstore"]["status"] != "complete":  # its runs cannot be read
+                places = np.flatnonzero(np.isin(self._dataset.coords["document"].to_numpy(), wanted))
+            else:
+                found = self._store.runs.samples(wanted)
+                places = found if isinstance(there, range) else np.flatnonzero(np.isin(there, found))
         if token is not None:
             if "token_id" in columns:
                 raise InputError(f"token={token!r} and token_id= were given; give one of them")
@@ -196,9 +201,8 @@ class Acts:
                 raise InputError(f"where= and {', '.join(columns) or 'split'} were given; say all of it in the filter")
             where = Filter(split=split or (0, 1), keep=columns)
         if where is not None:
-            kept = self._kept(where, rows)
-            chosen = chosen[kept]
-        return self._dataset.isel(sample=chosen)
+            places = self._kept(where, there, range(len(there)) if places is None else places)
+        return self._dataset if places is None else self._dataset.isel(sample=places)
 
     def sample(self, count: int, *, seed: int = 0) -> xr.Dataset:
         """Some samples of this dataset, drawn at random without replacement, ascending. The same for the same seed.
@@ -301,20 +305,37 @@ class Acts:
                 found.append(int(each))
         return found
 
-    def _kept(self, where: Filter, rows: Int64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
-        """Which rows a filter keeps. A norm is asked of all sites and layers that are here."""
+    def _there(self) -> Samples:
+        """Which samples are here: a range, which costs nothing, where all of the store's are."""
+        data: Any = self._dataset.coords[ROW].variable._data if ROW in self._dataset.coords else None
+        while isinstance(data, indexing.MemoryCachedArray | indexing.CopyOnWriteArray):
+            data = data.array
+        untouched = isinstance(data, indexing.LazilyIndexedArray) and data.key.tuple == (slice(None),)
+        if untouched and isinstance(data.array, RowNumbers) and data.array.all_samples:
+            return range(len(data))
+        return self.rows
+
+    def _kept(
+        self, where: Filter, there: Samples, places: range | Int64[np.ndarray, " place"]
+    ) -> Int64[np.ndarray, " kept"]:
+        """Which of the rows at some places a filter keeps. A norm is asked of all sites and layers that are here."""
         store = self._store
         check_complete(store.root, store.plan)
         here = [site for site in store.plan.layout.sites if site.name in self._dataset]
-        places = [
+        layers = [
             (site, site.layer_index(layer))
             for site in here
             for layer in ([None] if site.layers is None else self._labels(site))
         ]
-        order = np.argsort(rows, kind="stable")
-        kept = np.empty(len(rows), bool)
-        kept[order] = Kept(store.root, store.plan, where, places, check=True).mask(rows[order])
-        return kept
+        decides, found = Kept(store.root, store.plan, where, layers, check=True), [np.arange(0)]
+        for first in range(0, len(places), ROWS_AT_ONCE):
+            part = np.asarray(places[first : first + ROWS_AT_ONCE], np.int64)
+            rows = part if isinstance(there, range) else there[part]
+            order = np.argsort(rows, kind="stable")
+            kept = np.empty(len(rows), bool)
+            kept[order] = decides.mask(rows[order])
+            found.append(part[kept])
+        return np.concatenate(found)
 
     def _scores(self, score: Any, hook: str | None) -> Iterator[tuple[int, Shaped[np.ndarray, " row"]]]:
         """Scores of neighbouring samples, and the first one's place."""

@@ -1,4 +1,4 @@
-"""Reads a store with xarray: lazy arrays over TensorStore, and the engine behind `xr.open_dataset("run.acts.zarr")`."""
+"""Reads a store with xarray: lazy arrays over TensorStore, and over the rows of mapped shards."""
 
 import asyncio
 import os
@@ -8,19 +8,18 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from jaxtyping import Int64, Shaped
-from xarray.backends import BackendArray, BackendEntrypoint
+from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from actstore.errors import CorruptStoreError, UnfinishedStoreError
 from actstore.gather import Samples, Source, gather
-from actstore.kvstore import SUFFIX, TIMEOUT_SECONDS, Root, refuse_fork, storage_errors
-from actstore.ledger import committed_blocks, committed_ranges, read_plan, read_status
+from actstore.kvstore import TIMEOUT_SECONDS, Root, refuse_fork, storage_errors
+from actstore.ledger import committed_blocks, committed_ranges, read_status
 from actstore.mapped import can_map
 from actstore.metadata import array_metadata, group_metadata
 from actstore.objects import Objects
 from actstore.picked import PickedRows
 from actstore.schema import Plan
-from actstore.texts import documents_dataset
 from actstore.vouchers import Vouchers
 
 ROW = "row"  # the coordinate that says which sample of the store each is, unless the store has its own of this name
@@ -106,6 +105,11 @@ class RowNumbers(BackendArray):
         self.shape, self.dtype = (samples if committed is None else len(committed),), np.dtype(np.int64)
         self._committed = committed
 
+    @property
+    def all_samples(self) -> bool:
+        """Whether each place is its own number."""
+        return self._committed is None
+
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Shaped[np.ndarray, "..."]:
         """What xarray calls."""
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
@@ -119,49 +123,6 @@ class RowNumbers(BackendArray):
         samples = _chosen(index, self.shape[0])
         numbers = np.asarray(samples if self._committed is None else self._committed.stored(samples), np.int64)
         return numbers.reshape(()) if isinstance(index, int | np.integer) else numbers
-
-
-class ActstoreBackend(BackendEntrypoint):
-    """The xarray engine `actstore`."""
-
-    description = "Activation stores (*.acts.zarr), read through TensorStore"
-    open_dataset_parameters = ("filename_or_obj", "drop_variables", "raw", "partial", "check")
-    supports_groups = True
-
-    def guess_can_open(self, filename_or_obj: Any) -> bool:
-        """Whether this looks like an activation store: a path that ends in `.acts.zarr`."""
-        if not isinstance(filename_or_obj, str | os.PathLike):
-            return False
-        return os.fspath(filename_or_obj).rstrip("/").endswith(SUFFIX)
-
-    def open_dataset(  # type: ignore[override]  # engines add their own keywords
-        self,
-        filename_or_obj: str | os.PathLike[str],
-        *,
-        drop_variables: str | Iterable[str] | None = None,
-        raw: bool = False,
-        partial: bool = False,
-        check: bool = True,
-    ) -> xr.Dataset:
-        """The store as a lazy Dataset; see `open_dataset` of this module."""
-        root = Root.of(filename_or_obj)
-        drop = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
-        return open_dataset(root, read_plan(root, unfinished=partial), raw=raw, partial=partial, check=check, drop=drop)
-
-    def open_groups_as_dict(  # type: ignore[override]  # engines add their own keywords
-        self, filename_or_obj: str | os.PathLike[str], **settings: Any
-    ) -> dict[str, xr.Dataset]:
-        """The store under `/`, and its documents under `/documents` if it has any. Keywords are of `open_dataset`."""
-        root = Root.of(filename_or_obj)
-        groups = {"/": self.open_dataset(filename_or_obj, **settings)}
-        documents = documents_dataset(root, read_plan(root, unfinished=settings.get("partial", False)))
-        return groups if documents is None else groups | {"/documents": documents}
-
-    def open_datatree(  # type: ignore[override]  # engines add their own keywords
-        self, filename_or_obj: str | os.PathLike[str], **settings: Any
-    ) -> xr.DataTree:
-        """The same groups as a tree."""
-        return xr.DataTree.from_dict(self.open_groups_as_dict(filename_or_obj, **settings))
 
 
 def check_complete(root: Root, plan: Plan) -> None:

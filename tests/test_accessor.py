@@ -157,6 +157,38 @@ def test_selections(dataset: xr.Dataset, contents: Contents, name: str, cut: Any
     assert found.sizes["sample"] == len(found.acts.rows)
 
 
+def test_documents_of_an_unfinished_store(unfinished: Path, contents: Contents) -> None:
+    part = actstore.open(unfinished, partial=True).dataset(partial=True)
+    rows = np.array([*range(16, 32), *range(48, 53)])
+    expected = rows[np.isin(contents.columns["document"][rows], [1, 2])]
+    np.testing.assert_array_equal(part.acts.sel(document=[1, "doc-ä2"]).acts.rows, expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 5])
+def test_a_filter_is_asked_piece_by_piece(
+    dataset: xr.Dataset, contents: Contents, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("actstore.accessor.ROWS_AT_ONCE", at_once)
+    kept = contents.columns["flag"] == 1
+    np.testing.assert_array_equal(dataset.acts.sel(flag=1).acts.rows, np.flatnonzero(kept))
+    picked = dataset.isel(sample=[40, 3, 3, 17, 2])
+    np.testing.assert_array_equal(picked.acts.sel(flag=1).acts.rows, [row for row in [40, 3, 3, 17, 2] if kept[row]])
+
+
+def test_all_samples_cost_no_memory_until_they_are_cut(dataset: xr.Dataset) -> None:
+    assert dataset.acts._there() == range(53)
+    for cut in (dataset.isel(sample=slice(0, 52)), dataset.isel(sample=np.arange(53)), dataset.load()):
+        assert isinstance(cut.acts._there(), np.ndarray)
+    np.testing.assert_array_equal(xr.open_dataset(dataset.encoding["source"]).acts._there(), np.arange(53))
+
+
+def test_a_dataset_of_all_samples_in_another_order(dataset: xr.Dataset, contents: Contents) -> None:
+    """As many samples as the store has are not all of its samples."""
+    order = np.random.default_rng(5).integers(0, 53, 53)
+    found = dataset.isel(sample=order).acts.sel(document=1)
+    np.testing.assert_array_equal(found.acts.rows, order[contents.columns["document"][order] == 1])
+
+
 ERRORS = {
     "a document": ({"document": "doc-9"}, UnknownNameError, r"no document of .* has the id 'doc-9'"),
     "true": ({"document": True}, InputError, "document True was asked for; expected a number or an id"),
@@ -342,6 +374,15 @@ def test_scores_that_are_not_one_per_sample(dataset: xr.Dataset) -> None:
 
 
 # What it is of
+
+
+def test_datasets_have_it_however_they_were_opened(finished: Path) -> None:
+    """In processes that have imported nothing else."""
+    for opening in ("xr.open_dataset(path)", "xr.open_datatree(path).to_dataset()", "actstore.open(path).dataset()"):
+        program = f"import sys, actstore, xarray as xr; path = sys.argv[1]; print({opening}.acts.sel(document=0).sizes)"
+        done = subprocess.run([sys.executable, "-c", program, str(finished)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "'sample'" in done.stdout
 
 
 def test_a_dataset_of_no_store(dataset: xr.Dataset) -> None:

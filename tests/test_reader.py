@@ -20,7 +20,7 @@ from stores import LAYOUT, make_contents, tree
 import actstore
 from actstore import picked
 from actstore.errors import CorruptStoreError, StoreNotFoundError, UnfinishedStoreError
-from actstore.reader import ActstoreBackend
+from actstore.engine import ActstoreBackend
 
 SITES = [site.name for site in LAYOUT.sites]
 LAYOUT_COLUMNS = [column.name for column in LAYOUT.columns]
