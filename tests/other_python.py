@@ -13,7 +13,10 @@ from pathlib import Path
 
 TOP = Path(__file__).parent.parent
 VERSIONS = ("3.13", "3.12")
-TOOLS = ["beartype>=0.20", "hypothesis>=6.120", "pytest>=8.3", "pytest-xdist>=3.6", "transformers>=4.57"]
+TOOLS = [
+    "beartype>=0.20", "hypothesis>=6.120", "ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10", "pytest>=8.3",
+    "pytest-xdist>=3.6", "transformers>=4.57",
+]  # fmt: skip
 
 
 def find() -> Path | None:
