@@ -1,7 +1,6 @@
 """Reads a store with xarray: lazy arrays over TensorStore, and over the rows of mapped shards."""
 
 import asyncio
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 

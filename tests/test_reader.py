@@ -19,8 +19,8 @@ from stores import LAYOUT, make_contents, tree
 
 import actstore
 from actstore import picked
-from actstore.errors import CorruptStoreError, StoreNotFoundError, UnfinishedStoreError
 from actstore.engine import ActstoreBackend
+from actstore.errors import CorruptStoreError, StoreNotFoundError, UnfinishedStoreError
 
 SITES = [site.name for site in LAYOUT.sites]
 LAYOUT_COLUMNS = [column.name for column in LAYOUT.columns]
