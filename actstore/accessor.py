@@ -310,9 +310,10 @@ class Acts:
         data: Any = self._dataset.coords[ROW].variable._data if ROW in self._dataset.coords else None
         while isinstance(data, indexing.MemoryCachedArray | indexing.CopyOnWriteArray):
             data = data.array
-        untouched = isinstance(data, indexing.LazilyIndexedArray) and data.key.tuple == (slice(None),)
-        if untouched and isinstance(data.array, RowNumbers) and data.array.all_samples:
-            return range(len(data))
+        if isinstance(data, indexing.LazilyIndexedArray) and isinstance(data.array, RowNumbers):
+            (key,) = data.key.tuple
+            if data.array.all_samples and isinstance(key, slice) and key == slice(None):
+                return range(len(data))
         return self.rows
 
     def _kept(
