@@ -62,7 +62,7 @@ class MappedRows:
         entries = [value for chunk in range(self._chunks) for value in (chunk * self._stride, self._stride)]
         self._tail = packed_index(entries)
         self._length = self._stride * self._chunks + len(self._tail)
-        self._step = math.gcd(self._stride, site.row_bytes, 16)  # of addresses: memory of our own begins at such, too
+        self._step = math.gcd(self._stride, site.row_bytes, mmap.PAGESIZE)  # of the addresses of mapped rows
         self._most, self._most_mapped = _most_open(layout), _most_mapped(layout)
         self._shards = OrderedDict[int, Shard]()
         self._compared: dict[int, int] = {}  # a number of the file by block: 100 bytes for each shard of 128 MiB
@@ -107,14 +107,14 @@ class MappedRows:
             if shard is None:
                 self._gather(samples[piece.first : piece.last], target)
             else:
-                self._rows(shard.mapping.address + piece.starts, shard.mapping).copy(slice(None), target)
+                lying = shard.mapping.address + piece.starts
+                rows = RowView.at(lying, self._site.row_bytes, step=self._step, keep=shard.mapping)
+                rows.copy(slice(None), target)
             addresses[piece.first : piece.last] = target.ctypes.data + np.arange(len(target)) * self._site.row_bytes
+        step = self._step if own is None else math.gcd(self._step, own.ctypes.data)
         if own is not None:
             memory.take_back(own)
-        return self._rows(addresses[places], (*mapped.values(), own))
-
-    def _rows(self, addresses: Int64[np.ndarray, " row"], keep: object) -> RowView:
-        return RowView.at(addresses, self._site.row_bytes, step=self._step, keep=keep)
+        return RowView.at(addresses[places], self._site.row_bytes, step=step, keep=(*mapped.values(), own))
 
     def _pieces(self, samples: Int64[np.ndarray, " row"], *, whole: bool) -> Iterator["Piece"]:
         """Rows of one chunk, where they are wanted whole; else of one shard, some thousand at most."""
