@@ -94,7 +94,7 @@ print(
 # %%
 largest = dataset.acts.top(norms.sel(layer=3), 12)
 for score, position, token in zip(
-    largest.score.values, largest.position.values, largest.acts.text(window=5), strict=True
+    largest.top_score.values, largest.position.values, largest.acts.text(window=5), strict=True
 ):
     print(f"{score:7.3f}  position {position:3d}  {token.before!r} [{token.token}] {token.after!r}")
 

@@ -31,7 +31,7 @@ dataset = store.dataset()
 
 
 def show(best, window=8):
-    for row, score, token in zip(best.row.values, best.score.values, best.acts.text(window=window), strict=True):
+    for row, score, token in zip(best.row.values, best.top_score.values, best.acts.text(window=window), strict=True):
         print(f"{row:5d} {score:7.3f}  {token.before!r} [{token.token}] {token.after!r}")
 
 
@@ -107,7 +107,7 @@ for feature in chosen:
 scores = activation(chosen[0])(rows.values)
 ranked = np.flatnonzero(scores > 0)[np.argsort(-scores[scores > 0], kind="stable")]
 spread = ranked[np.linspace(0, len(ranked) - 1, 8).astype(int)]
-show(dataset.isel(sample=spread).assign_coords(score=("sample", scores[spread])))
+show(dataset.isel(sample=spread).assign_coords(top_score=("sample", scores[spread])))
 
 # %% [markdown]
 # More: `docs/how-to/find-rows.md`. A store of 4,000 tokens of one kind of text is small: take what you see here as the

@@ -227,6 +227,10 @@ def _check_values(url: Path, contents: Contents, valid: set[int], marked: set[in
 # Processes
 
 
+QUIET = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""Neither NumPy nor pyarrow, which pandas imports, starts threads then: a process with threads must not fork."""
+
+
 class Forks:
     """Starts processes that write. Use it in a `with` statement: none of them outlives it."""
 
@@ -235,7 +239,7 @@ class Forks:
         self._server = subprocess.Popen(
             [sys.executable, "-W", "error", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, text=True, start_new_session=True,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # NumPy's threads: a process with threads must not fork
+            env=os.environ | QUIET,
         )  # fmt: skip
         return self
 

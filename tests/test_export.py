@@ -161,7 +161,8 @@ def test_safetensors(finished, contents, samples, raw, tmp_path, small_slabs):
     for column in COLUMNS:
         same(found[column], contents.columns[column][samples])
     same(found["layer"], np.array([2, 5, 11], np.int32))
-    assert set(found) == {*NAMES, *[f"{name}_norm" for name in NAMES], *COLUMNS, "layer", "attn_out_layer"}
+    same(found["row"], np.arange(contents.layout.samples)[samples])
+    assert set(found) == {*NAMES, *[f"{name}_norm" for name in NAMES], *COLUMNS, "row", "layer", "attn_out_layer"}
     with safe_open(path, framework="np") as file:
         metadata = file.metadata()
     assert metadata["model"] == "made-up"
@@ -203,7 +204,7 @@ def test_parquet(finished, contents, samples, raw, tmp_path, small_slabs):
     pq = pytest.importorskip("pyarrow.parquet", reason="NOT CHECKED: pyarrow is not installed here")
     path = tmp_path / "rows.parquet"
     write_parquet(xr.open_dataset(finished, raw=raw).isel(sample=samples), path)
-    found, names = pq.read_table(path), set(COLUMNS)
+    found, names = pq.read_table(path), {*COLUMNS, "row"}
     for name in NAMES:
         rows = expected(contents, name, samples)
         for label, values in [("", rows)] if rows.ndim == 2 else zip(LAYERS[name], rows, strict=True):
@@ -316,7 +317,7 @@ REFUSALS = {
     ),
     "a norm is no site": (lambda given, _: to_numpy(given, "resid_post_norm"), "site 'resid_post_norm' is not in"),
     "no site": (
-        lambda given, _: to_numpy(given[["final_norm_norm"]].drop_vars(COLUMNS)),
+        lambda given, _: to_numpy(given[["final_norm_norm"]].drop_vars([*COLUMNS, "row"])),
         "the dataset has no site, only final_norm_norm; expected a variable with the axis `hidden`; keep one when you",
     ),
     "nothing": (lambda _given, _: to_numpy(xr.Dataset()), "the dataset has no site, only nothing"),

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hostile import CASES, Case, make_sound
 from hostile_child import CAP_BYTES, UNGUARDED
+from kill_points import QUIET
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +28,6 @@ MOST_SECONDS = 5.0  # of all processors together: others may use this machine to
 MOST_LETTERS = 600
 PROCESSES = 2
 HERE = Path(__file__).parent
-QUIET = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",
-}  # a child is forked: no threads
 
 
 class Children:
