@@ -131,10 +131,12 @@ class Acts:
         rows = self._dataset[place.site]
         if place.layer is None:
             return rows
-        there = self._labels(self._store.plan.layout.site(place.site))
+        layout = self._store.plan.layout
+        site = layout.site(place.site)
+        there = self._labels(site)
         if place.layer not in there:
             raise UnknownNameError(f"{name!r} is layer {place.layer}; this dataset was cut to layers {there}")
-        dimension = self._store.plan.layout.layer_dimension(self._store.plan.layout.site(place.site))
+        dimension = layout.layer_dimension(site)
         return rows.isel({dimension: there.index(place.layer)}) if dimension in rows.dims else rows
 
     def place(self, name: str) -> Place:
@@ -332,10 +334,7 @@ class Acts:
         for first in range(0, len(places), ROWS_AT_ONCE):
             part = np.asarray(places[first : first + ROWS_AT_ONCE], np.int64)
             rows = part if isinstance(there, range) else there[part]
-            order = np.argsort(rows, kind="stable")
-            kept = np.empty(len(rows), bool)
-            kept[order] = decides.mask(rows[order])
-            found.append(part[kept])
+            found.append(part[decides.mask_unordered(rows)])
         return np.concatenate(found)
 
     def _scores(self, score: Any, hook: str | None) -> Iterator[tuple[int, Shaped[np.ndarray, " row"]]]:

@@ -99,6 +99,13 @@ class Kept:
                 kept[first:last] = self._mask_of(block, stop - start)[chosen]
         return kept
 
+    def mask_unordered(self, samples: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """The same for samples in any order, and repeated."""
+        order = np.argsort(samples)
+        kept = np.empty(len(samples), bool)
+        kept[order] = self.mask(samples[order])
+        return kept
+
     def _mask_of(self, block: int, samples: int) -> Bool[np.ndarray, " sample"]:
         if block not in self._masks:
             while len(self._masks) >= self._masks_kept:

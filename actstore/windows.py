@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 
 from actstore.gather import Source, gather
 from actstore.kept import Kept
@@ -116,20 +116,13 @@ class Windows:
         _, last = self._order.window_at(epoch, first)
         samples, positions = self._order.rows(epoch, first, last), None
         if self._kept is not None:
-            kept = self._chosen(self._kept, samples)
+            kept = self._kept.mask_unordered(samples)
             samples, positions = samples[kept], first + np.flatnonzero(kept)
         stored, places = np.unique(samples, return_inverse=True)
         whole = isinstance(self._order, BlockOrder)
         return Window(
             first, last, tuple(reader.rows(stored, places, whole=whole) for reader in self._readers), samples, positions
         )
-
-    @staticmethod
-    def _chosen(kept: Kept, samples: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-        order = np.argsort(samples)
-        chosen = np.empty(len(samples), bool)
-        chosen[order] = kept.mask(samples[order])
-        return chosen
 
 
 def _failed(window: Future[Window]) -> bool:
