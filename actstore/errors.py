@@ -14,6 +14,7 @@ ActstoreError                   exit code 1
 │       ├── StoragePermissionError  2   not allowed, or read-only
 │       └── StorageFullError        2   no space left
 └── StoppedError                75  asked to stop; running the same command again continues
+    └── WorkerLostError         75  a process that computes the same model ended; so did this one
 ```
 
 Every message has three parts: what was found, what was expected, what to do next. The exit code is what the
@@ -93,3 +94,7 @@ class StoppedError(ActstoreError):
     """Asked to stop (SIGTERM, SIGINT). Running the same command again continues."""
 
     exit_code = 75
+
+
+class WorkerLostError(StoppedError):
+    """Another process of the group that computes one model together ended or is not reachable."""

@@ -213,7 +213,9 @@ def _column(name: str, values: Values) -> Any:
     values = widened(values)
     try:
         if values.dtype.kind in "OUT":  # a part of none tells nothing of what objects are
-            return pa.array(values.astype(object), pa.string())
+            return pa.array(
+                values.astype(object), pa.string(), from_pandas=True
+            )  # pandas 3 makes NaN of a missing text
         flat = pa.array(values.reshape(-1))
         return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     except pa.ArrowException as error:

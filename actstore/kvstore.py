@@ -171,10 +171,10 @@ class Root:
         keys = self._call(f"list {prefix}", lambda kv: kv.list(ts.KvStore.KeyRange(prefix, _after(prefix))))
         return sorted(key.decode(errors="replace") for key in keys)
 
-    def lock_files(self) -> list[tuple[str, bool]]:
-        """Keys of the lock files below the store, and whether a living writer holds each."""
+    def lock_files(self, folder: str = "") -> list[tuple[str, bool]]:
+        """Keys of the lock files below the store or a folder of it, and whether a living writer holds each."""
         with storage_errors(f"look for lock files of {self.url}"):
-            return [(str(path.relative_to(self.path)), held) for path, held in lock_files(self.path)]
+            return [(str(path.relative_to(self.path)), held) for path, held in lock_files(self.path / folder)]
 
     def remove_lock_file(self, key: str) -> None:
         """Removes a lock file that `lock_files` named."""

@@ -9,10 +9,12 @@ of its own. The root group says which generation is complete; until the next one
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -51,6 +53,7 @@ TABLE_KEY = ".act/documents.json"
 MANIFEST_KEY = ".act/manifest.json"
 RANGES_KEY = ".act/ranges.json"
 SEAL_KEY = ".act/SEALED.json"
+MARKERS_AT_ONCE = 16
 _MARKER_NAME = re.compile(r"[0-9]{8}\.json")
 
 
@@ -234,6 +237,11 @@ def committed_blocks(root: Root, plan: Plan) -> set[int]:
     folder = key_in(plan.generation, MARKER_FOLDER)
     names = (key.removeprefix(folder) for key in root.keys(folder))
     return {int(name[:8]) for name in names if _MARKER_NAME.fullmatch(name)}
+
+
+def has_marker(root: Root, plan: Plan, block: int) -> bool:
+    """Whether a block is committed. One small request."""
+    return root.size(marker_key(block, plan.generation)) > 0
 
 
 def missing_blocks(root: Root, plan: Plan) -> list[int]:
@@ -427,7 +435,8 @@ def seal(root: Root, plan: Plan) -> None:
         _check_base(root, plan)
     if plan.documents is not None and not has_table(root, plan):
         raise UnfinishedStoreError(f"{root.url} cannot be sealed: its documents are not written; write them, then seal")
-    markers = tuple(read_marker(root, plan, block) for block in plan.blocks)
+    with ThreadPoolExecutor(MARKERS_AT_ONCE, thread_name_prefix="actstore-markers") as pool:
+        markers = tuple(pool.map(functools.partial(read_marker, root, plan), plan.blocks))
     _refuse_lost_shards(root, plan)
     manifest = Manifest(format=FORMAT, fingerprint=plan.fingerprint, blocks=markers).to_json()
     root.write(key_in(plan.generation, MANIFEST_KEY), manifest)

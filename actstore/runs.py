@@ -1,7 +1,6 @@
 """Which samples are of which document: runs of neighbours, read in the blocks that can hold a document."""
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ from jaxtyping import Int, Int64, Shaped
 from actstore.gather import Source, gather
 from actstore.kvstore import Root
 from actstore.ledger import lineage, read_ranges
+from actstore.mapped import runs
 from actstore.schema import Plan
 from actstore.vouchers import Vouchers
 
@@ -88,8 +88,7 @@ def _bounds(root: Root, plan: Plan) -> tuple[Int64[np.ndarray, " block"], Int64[
 
 def _spans(blocks: Int64[np.ndarray, " block"], *, most: int) -> Iterator[tuple[int, int]]:
     """First and one past the last of neighbours among ascending numbers, at most so many at once."""
-    gaps = np.flatnonzero(np.diff(blocks) > 1) + 1
-    for start, stop in itertools.pairwise([0, *gaps.tolist(), len(blocks)] if len(blocks) else []):
+    for start, stop in runs(blocks - np.arange(len(blocks))):  # neighbours are equal then
         first, end = int(blocks[start]), int(blocks[stop - 1]) + 1
         for begin in range(first, end, most):
             yield begin, min(begin + most, end)

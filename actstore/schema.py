@@ -270,7 +270,7 @@ class Plan(StoredDocument):
         """
         if stored.fingerprint == self.fingerprint:
             return
-        ours, theirs = (dict(_leaves(plan.model_dump(mode="json", exclude={"fingerprint"}))) for plan in (self, stored))
+        ours, theirs = (dict(leaves(plan.model_dump(mode="json", exclude={"fingerprint"}))) for plan in (self, stored))
         names = sorted({*ours, *theirs}, key=lambda name: (name.startswith("documents."), name))  # sizes come last
         fields = [name for name in names if ours.get(name) != theirs.get(name)]
         shown = "; ".join(
@@ -470,14 +470,14 @@ def _finite(text: str) -> float:
     return number
 
 
-def _leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Every scalar of nested dictionaries and lists with its dotted name."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{prefix}[{index}]")
+            yield from leaves(inner, f"{prefix}[{index}]")
     else:
         yield prefix, value
 

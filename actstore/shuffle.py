@@ -17,12 +17,12 @@ _ROUNDS = 10  # enough for pairs of 5 values to pass a chi-square test over the 
 _PIECE = 1 << 15  # indices at once: their rounds stay in the core's cache
 
 
-def _mix(values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+def mix(values: UInt64[np.ndarray, "*n"]) -> UInt64[np.ndarray, "*n"]:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed: UInt64[np.ndarray, " n"] = values ^ (values >> np.uint64(31))
+        mixed: UInt64[np.ndarray, "*n"] = values ^ (values >> np.uint64(31))
     return mixed
 
 
@@ -82,7 +82,7 @@ class _Round:
         if self.table is not None:
             return np.take(self.table, values.view(np.int64))
         with np.errstate(over="ignore"):
-            return _mix(values + self.key) & np.uint64((1 << self.half) - 1)
+            return mix(values + self.key) & np.uint64((1 << self.half) - 1)
 
     def in_a_table(self) -> "_Round":
         """The same, looked up."""

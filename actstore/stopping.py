@@ -2,19 +2,22 @@
 
 Until a command writes, a signal ends the process at once: there is nothing to put in order. While it writes
 (`finishing`), a signal only sets a mark, the loop ends at its next step, and what was handed to the writer is
-committed; a second signal ends the process at once. Ending at once skips the interpreter's teardown, in which threads
-that still compute would crash.
+committed: within 25 seconds, else it is dropped. A second signal ends the process at once. Ending at once skips the
+interpreter's teardown, in which threads that still compute would crash.
 """
 
 import dataclasses
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from actstore.errors import StoppedError
+
+LIMIT_SECONDS = 25.0  # launchers that send SIGTERM kill after 30 s or more
 
 
 @dataclasses.dataclass
@@ -25,16 +28,25 @@ class Stopping:
     """What stays when the command is stopped; None while nothing has to be finished first."""
     received: str | None = None
     """Name of the signal that asked to stop."""
+    _limit: threading.Timer | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  the signature of a handler
         """Called by Python in the main thread, between two of its instructions."""
         name = signal.Signals(number).name
         if self.kept is not None and self.received is None:
             self.received = name
+            dropped = f"{name}, what was not written after {LIMIT_SECONDS:.0f} s is dropped"
+            self._limit = threading.Timer(LIMIT_SECONDS, _end, [dropped])
+            self._limit.daemon = True
+            self._limit.start()
             return
-        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-        os.write(2, f"{show_cursor}error: stopped by {name}; run the same command again to continue\n".encode())
-        os._exit(StoppedError.exit_code)
+        _end(name)
+
+    def reason(self) -> str | None:
+        """Why to end the work in hand; None while no signal came."""
+        if self.received is None:
+            return None
+        return f"stopped by {self.received}; {self.kept}: run the same command again to continue"
 
     def check(self) -> None:
         """Ends the work in hand if a signal came.
@@ -42,8 +54,8 @@ class Stopping:
         Raises:
             StoppedError: it did.
         """
-        if self.received is not None:
-            raise StoppedError(f"stopped by {self.received}; {self.kept}: run the same command again to continue")
+        if (reason := self.reason()) is not None:
+            raise StoppedError(reason)
 
     @contextmanager
     def finishing(self, kept: str) -> Iterator[None]:
@@ -53,6 +65,15 @@ class Stopping:
             yield
         finally:
             self.kept = None
+            if self._limit is not None:
+                self._limit.cancel()
+
+
+def _end(why: str) -> None:
+    """Ends the process at once."""
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    os.write(2, f"{show_cursor}error: stopped by {why}; run the same command again to continue\n".encode())
+    os._exit(StoppedError.exit_code)
 
 
 STOPPING = Stopping()
@@ -62,3 +83,9 @@ def install() -> None:
     """Takes over SIGINT and SIGTERM of this process. For programs, not for libraries."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, STOPPING.handle)
+
+
+def ignore() -> None:
+    """Lets a process that is done end with its own exit code, whatever signal comes while Python shuts down."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -7,33 +7,40 @@ when few of its tokens are stored as rows, so that every row can be shown in its
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Int, Int32, Int64, Shaped, UInt32
+from jaxtyping import Float64, Int, Int32, Int64, Shaped, UInt32
 
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError, UnknownNameError
 from actstore.kvstore import TIMEOUT_SECONDS, Root, storage_errors
 from actstore.layout import check_name
 from actstore.ledger import TABLE_KEY, checksum, key_in, write_table_marker
-from actstore.metadata import table_group, table_groups, table_metadata
+from actstore.metadata import TABLE_CHUNK_BYTES, table_group, table_groups, table_metadata
 from actstore.objects import Objects
 from actstore.schema import FORMAT, DocumentTableLayout, Plan, TableMarker
+from actstore.strings import Strings
 
 MAX_READ_BYTES = 64 << 20  # of texts or tokens at once; as Python's strings they may take four times as much
 TOKEN_BYTES = 12  # id, start and end
 IDS_AT_ONCE = 10_000
+TOKENS_AT_ONCE = 1 << 22  # looked at together
+WRITTEN_AT_ONCE = 32  # chunks
 EDGES = 1 << 19  # offsets or numbers that are read together: one chunk
 GAP_BYTES = 256  # between two texts that are read together: less than what another read costs
 EDGE_BLOCKS = 32  # kept: 128 MiB, of 16 million documents
+ColumnValues = (
+    Sequence[int] | Sequence[float] | Sequence[str] | Int64[np.ndarray, " document"] | Float64[np.ndarray, " document"]
+)
 TAKEN = frozenset({"id", "text", "token_id", "token_start", "token_end", "token_offsets"})
 
 
 @dataclasses.dataclass(frozen=True)
 class DocumentTable:
-    """Documents in memory, ready to be stored. Costs about the size of the texts plus 12 bytes per token.
+    """Documents, ready to be stored. Costs about the size of the texts plus 12 bytes per token.
 
-    `token_start` and `token_end` are byte positions of each token in the UTF-8 of its document's text.
+    `token_start` and `token_end` are byte positions of each token in the UTF-8 of its document's text. Texts may be
+    `actstore.strings.Strings`, and arrays maps of files, of which no more than a part is in memory at once.
     """
 
     ids: Sequence[str]
@@ -42,7 +49,7 @@ class DocumentTable:
     token_id: Int32[np.ndarray, " token"]
     token_start: UInt32[np.ndarray, " token"]
     token_end: UInt32[np.ndarray, " token"]
-    columns: Mapping[str, Sequence[int] | Sequence[float] | Sequence[str]] = dataclasses.field(default_factory=dict)
+    columns: Mapping[str, ColumnValues] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks that all lengths fit together and names are free."""
@@ -52,8 +59,10 @@ class DocumentTable:
         for name, values in {"texts": self.texts, **self.columns}.items():
             if len(values) != count:
                 raise InputError(f"documents: {name} has {len(values)} values, expected {count}, one per document")
-        if len(set(self.ids)) != count:
-            raise InputError("documents: ids are not unique; give every document an id of its own")
+        if (twice := Strings.of(self.ids).twice()) is not None:
+            raise InputError(
+                f"documents: ids are not unique, {twice[:80]!r} is there twice; give every document an id of its own"
+            )
         edges = self.token_offsets
         if len(edges) != count + 1 or edges[0] != 0 or edges[-1] != tokens or (np.diff(edges) < 0).any():
             raise InputError(
@@ -72,17 +81,19 @@ class DocumentTable:
 
     def _refuse_spans(self) -> None:
         """Refuses tokens outside their text, and documents that are longer than what is read at once."""
-        sizes = np.array([len(_encoded(text)) for text in self.texts], np.int64)
-        counts = np.diff(self.token_offsets)
-        outside = (self.token_start > self.token_end) | (self.token_end > np.repeat(sizes, counts))
-        if outside.any():
-            token = int(np.flatnonzero(outside)[0])
-            document = int(np.searchsorted(self.token_offsets, token, side="right")) - 1
-            raise InputError(
-                f"documents: token {token - int(self.token_offsets[document])} of document {self.ids[document]!r} has "
-                f"the bytes {int(self.token_start[token])} to {int(self.token_end[token])} of a text of "
-                f"{int(sizes[document])} bytes; give places in the UTF-8 of the text"
-            )
+        sizes, counts = Strings.of(self.texts).sizes, np.diff(self.token_offsets)
+        for first, last in stretches(self.token_offsets, most=TOKENS_AT_ONCE):
+            here = slice(int(self.token_offsets[first]), int(self.token_offsets[last]))
+            start, end = self.token_start[here], self.token_end[here]
+            outside = (start > end) | (end > np.repeat(sizes[first:last], counts[first:last]))
+            if outside.any():
+                token = here.start + int(np.flatnonzero(outside)[0])
+                document = int(np.searchsorted(self.token_offsets, token, side="right")) - 1
+                raise InputError(
+                    f"documents: token {token - int(self.token_offsets[document])} of document {self.ids[document]!r} "
+                    f"has the bytes {int(self.token_start[token])} to {int(self.token_end[token])} of a text of "
+                    f"{int(sizes[document])} bytes; give places in the UTF-8 of the text"
+                )
         longest = int(max(sizes.max(), counts.max() * TOKEN_BYTES))
         if longest > MAX_READ_BYTES:
             raise InputError(
@@ -96,8 +107,10 @@ class DocumentTable:
         strings = {"id": self.ids, "text": self.texts}
         numbers: dict[str, Any] = {}
         for name, values in self.columns.items():
-            if all(isinstance(value, str) for value in values):
-                strings[name] = values  # type: ignore[assignment]  # checked in the line above
+            if isinstance(values, np.ndarray) and values.dtype in (np.int64, np.float64):
+                numbers[name] = values.dtype.name
+            elif isinstance(values, Strings) or all(isinstance(value, str) for value in values):
+                strings[name] = cast("Sequence[str]", values)  # checked in the line above
             elif all(isinstance(value, int) and not isinstance(value, bool) for value in values):
                 if np.asarray(values).dtype != np.int64:
                     raise InputError(f"documents: column {name!r} has numbers over 64 bits; give them as text")
@@ -111,7 +124,7 @@ class DocumentTable:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise InputError(f"documents: the arrays {twice} would be there twice; rename the column")
-        sizes = {name: sum(map(len, map(_encoded, values))) for name, values in strings.items()}
+        sizes = {name: int(Strings.of(values).sizes.sum()) for name, values in strings.items()}
         return DocumentTableLayout(
             documents=len(self.ids), tokens=len(self.token_id), numbers=numbers, strings=sizes
         )  # fmt: skip
@@ -122,9 +135,8 @@ class DocumentTable:
         arrays: dict[str, np.ndarray] = {}
         for name in layout.strings:
             values: Any = {"id": self.ids, "text": self.texts}.get(name) or self.columns[name]
-            encoded = [_encoded(value) for value in values]
-            arrays[f"{name}_bytes"] = np.frombuffer(b"".join(encoded), np.uint8)
-            arrays[f"{name}_offsets"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+            encoded = Strings.of(values)
+            arrays[f"{name}_bytes"], arrays[f"{name}_offsets"] = encoded.data, encoded.offsets
         for name, dtype in layout.numbers.items():
             arrays[name] = np.asarray(self.columns[name], dtype)
         return arrays | {
@@ -149,7 +161,7 @@ def write_table(root: Root, plan: Plan, table: DocumentTable) -> None:
     metadata = table_metadata(table.layout)
     arrays = table.arrays()
     checksums = {name: checksum(values) for name, values in arrays.items()}
-    key, group = key_in(plan.generation, TABLE_KEY), table_group(plan.generation)
+    key, where = key_in(plan.generation, TABLE_KEY), table_group(plan.generation)
     stored = root.read(key)
     if stored is not None:
         if TableMarker.from_json(stored, where=f"{root.url}/{key}").checksums != checksums:
@@ -158,9 +170,11 @@ def write_table(root: Root, plan: Plan, table: DocumentTable) -> None:
             )
         return
     with storage_errors(f"write documents of {root.url}"):
-        opened = {name: root.open_array(f"{group}/{name}", metadata[name]) for name in arrays}
-        for future in [opened[name].write(values) for name, values in arrays.items()]:
-            future.result()
+        for group in _groups(arrays):  # it may be larger than memory
+            opened = [(root.open_array(f"{where}/{name}", metadata[name]), first, part) for name, first, part in group]
+            pending = [array[first : first + len(part)].write(part) for array, first, part in opened]
+            for future in pending:
+                future.result()
     write_table_marker(root, plan, TableMarker(format=FORMAT, fingerprint=plan.fingerprint, checksums=checksums))
 
 
@@ -181,8 +195,12 @@ def refuse_known_ids(root: Root, base: Plan, table: DocumentTable) -> None:
         )
 
 
-def stored_tokens(root: Root, plan: Plan) -> tuple[Int64[np.ndarray, " document_edge"], Int32[np.ndarray, " token"]]:
-    """Offsets and ids of all tokens of the documents of one plan, compared with their marker: 12 bytes per token.
+def stored_tokens(
+    root: Root, plan: Plan
+) -> tuple[Int64[np.ndarray, " document_edge"], Int32[np.ndarray, " token"], UInt32[np.ndarray, " token"]]:
+    """Offsets, ids and first bytes of all tokens of the documents of one plan, compared with their marker.
+
+    Costs 8 bytes per document and per token.
 
     Raises:
         CorruptStoreError: they are missing or damaged.
@@ -193,7 +211,7 @@ def stored_tokens(root: Root, plan: Plan) -> tuple[Int64[np.ndarray, " document_
         raise CorruptStoreError(f"{root.url}/{key} is missing; run `actstore verify`")
     marker = TableMarker.from_json(data, where=f"{root.url}/{key}")
     metadata, found = table_metadata(plan.documents), []
-    for name in ("token_offsets", "token_id"):
+    for name in ("token_offsets", "token_id", "token_start"):
         with storage_errors(f"read {group}/{name} of {root.url}"):
             objects = Objects.of(root.open_array(f"{group}/{name}", metadata[name]))
             values = np.asarray(objects.view().read().result(timeout=TIMEOUT_SECONDS))
@@ -202,7 +220,7 @@ def stored_tokens(root: Root, plan: Plan) -> tuple[Int64[np.ndarray, " document_
                 f"{group}/{name} of {root.url} differs from the checksum of its marker; run `actstore verify`"
             )
         found.append(values)
-    return found[0], found[1]
+    return found[0], found[1], found[2]
 
 
 class StoredDocuments:
@@ -418,10 +436,24 @@ def _check_name(column: str, kind: str, known: Mapping[str, object]) -> None:
         )
 
 
-def _encoded(value: str) -> bytes:
-    try:
-        return value.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"documents: {value[:40]!r} holds half of a surrogate pair; expected whole characters"
-        ) from None
+def _groups(arrays: Mapping[str, np.ndarray]) -> Iterator[list[tuple[str, int, np.ndarray]]]:
+    """(name, first item, items) of whole chunks of arrays, so many at once as are written together."""
+    group: list[tuple[str, int, np.ndarray]] = []
+    for name, values in arrays.items():
+        step = TABLE_CHUNK_BYTES // values.itemsize
+        for first in range(0, len(values), step):
+            group.append((name, first, values[first : first + step]))
+            if len(group) == WRITTEN_AT_ONCE:
+                yield group
+                group = []
+    yield group
+
+
+def stretches(token_offsets: Int64[np.ndarray, " document_edge"], *, most: int) -> Iterator[tuple[int, int]]:
+    """(first, one past last) documents that have `most` tokens together or fewer, or are one document with more."""
+    first, count = 0, len(token_offsets) - 1
+    while first < count:
+        last = int(np.searchsorted(token_offsets, int(token_offsets[first]) + most, side="right")) - 1
+        last = min(max(last, first + 1), count)
+        yield first, last
+        first = last

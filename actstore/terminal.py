@@ -24,14 +24,18 @@ class Work:
         self._label, self._unit = label, unit
         self._stream = stream or sys.stderr
         self._bar: Progress | None = None
-        self._shown = (0, 0, "")
+        self._shown: tuple[int, int | None, str] = (0, 0, "")
         self._last_line = 0.0
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """Shows that `done` of `total` units are done; `note` may hold rates."""
+    def update(self, done: int, total: int | None, note: str = "") -> None:
+        """Shows that `done` of `total` units are done, or of a number that nobody knows; `note` may hold rates."""
         self._shown = (done, total, note)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=max(total, 1), note=note)
+            if total is None:
+                note = f"{done:,} {self._unit}{', ' + note if note else ''}"
+            self._bar.update(
+                self._bar.task_ids[0], completed=done, total=None if total is None else max(total, 1), note=note
+            )  # fmt: skip
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._line()
 
@@ -50,10 +54,11 @@ class Work:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None and self._shown[1]:
+        elif kind is None and (self._shown[1] or self._shown[0]):
             self._line()
 
     def _line(self) -> None:
         done, total, note = self._shown
         self._last_line = time.monotonic()
-        print(f"{self._label}: {done:,} of {total:,} {self._unit}{', ' + note if note else ''}", file=self._stream)
+        of_all = "" if total is None else f" of {total:,}"
+        print(f"{self._label}: {done:,}{of_all} {self._unit}{', ' + note if note else ''}", file=self._stream)

@@ -330,10 +330,11 @@ def _seal_findings(root: Root, plan: Plan) -> Iterator[Finding]:
     if (sealed.fingerprint, sealed.manifest_sha256) != (plan.fingerprint, manifest):
         yield finding(manifest_key, "differs from its digest in the seal, or the seal belongs to another plan")
         return
-    with contextlib.suppress(CorruptStoreError):
-        if root.digest(ranges_key, most_bytes=MAX_DOCUMENT_BYTES) == sealed.ranges_sha256:
-            ranges_key = ""
-    if ranges_key:
+    try:
+        sound = root.digest(ranges_key, most_bytes=MAX_DOCUMENT_BYTES) == sealed.ranges_sha256
+    except CorruptStoreError:
+        sound = False
+    if not sound:
         yield finding(ranges_key, "differs from its digest in the seal, or is missing")
     if len(blocks) >= len(plan.blocks):  # else a hostile plan may name millions; a missing marker is found elsewhere
         yield from _resealed_findings(root, plan, manifest)

@@ -8,21 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from extract.additions import append_documents, append_layers
+    from extract.chat import ChatTemplate, load_chat_template
     from extract.completions import CompletionPlan, Written, plan_completions, write_completions
-    from extract.documents import Document, open_documents
+    from extract.conversation import chat_text
+    from extract.documents import Document, Fields
     from extract.hooked import HookedModel, create_model_with_hooks, generate_with_layer_activations
     from extract.loaded import load_model
     from extract.loop import Progress, run
     from extract.models.generate import Generated, generate
     from extract.models.sampling import Sampling
-    from extract.named import model_folder
+    from extract.named import model_folder, tokenizer_folder
     from extract.plan import ExtractPlan, make_plan
     from extract.positions import extract_specific_layer_positions
+    from extract.sources import Documents, open_documents
 
 _WHERE = {
+    "ChatTemplate": "extract.chat",
     "CompletionPlan": "extract.completions",
     "Document": "extract.documents",
+    "Documents": "extract.sources",
     "ExtractPlan": "extract.plan",
+    "Fields": "extract.documents",
     "Generated": "extract.models.generate",
     "HookedModel": "extract.hooked",
     "Progress": "extract.loop",
@@ -30,23 +36,27 @@ _WHERE = {
     "Written": "extract.completions",
     "append_documents": "extract.additions",
     "append_layers": "extract.additions",
+    "chat_text": "extract.conversation",
     "create_model_with_hooks": "extract.hooked",
     "extract_specific_layer_positions": "extract.positions",
     "generate": "extract.models.generate",
     "generate_with_layer_activations": "extract.hooked",
+    "load_chat_template": "extract.chat",
     "load_model": "extract.loaded",
     "make_plan": "extract.plan",
     "model_folder": "extract.named",
-    "open_documents": "extract.documents",
+    "open_documents": "extract.sources",
     "plan_completions": "extract.completions",
     "run": "extract.loop",
+    "tokenizer_folder": "extract.named",
     "write_completions": "extract.completions",
 }
 __all__ = [
-    "CompletionPlan", "Document", "ExtractPlan", "Generated", "HookedModel", "Progress", "Sampling", "Written",
-    "append_documents", "append_layers", "create_model_with_hooks", "extract_specific_layer_positions", "generate",
-    "generate_with_layer_activations", "load_model", "make_plan", "model_folder", "open_documents",
-    "plan_completions", "run", "write_completions",
+    "ChatTemplate", "CompletionPlan", "Document", "Documents", "ExtractPlan", "Fields", "Generated", "HookedModel",
+    "Progress", "Sampling", "Written", "append_documents", "append_layers", "chat_text", "create_model_with_hooks",
+    "extract_specific_layer_positions", "generate", "generate_with_layer_activations", "load_chat_template",
+    "load_model", "make_plan", "model_folder", "open_documents", "plan_completions", "run", "tokenizer_folder",
+    "write_completions",
 ]  # fmt: skip
 
 

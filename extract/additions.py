@@ -1,10 +1,12 @@
 """What to compute for a store that is appended to: more documents with its settings, or more layers for its own."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import UInt64
 
 from actstore.errors import InputError
 from actstore.generations import added_sites, extend
@@ -12,13 +14,17 @@ from actstore.kvstore import Root
 from actstore.layout import Layout, Site
 from actstore.ledger import appended_plan, lineage, read_plan
 from actstore.schema import Plan
-from actstore.table import refuse_known_ids, stored_tokens
+from actstore.strings import Strings
+from actstore.table import IDS_AT_ONCE, StoredDocuments, refuse_known_ids, stored_tokens
 from extract import tokens
+from extract.arrangement import Arrangement, Part
+from extract.columns import COMPLETION
 from extract.documents import Document
 from extract.loaded import check_batch, loaded_for
 from extract.models.sites import LAYERLESS_SITES, Tap, site_widths
-from extract.packing import pack
-from extract.plan import ExtractPlan, Part, check_tokenizer, check_tokens, checked_taps, provenance_of, sites_of
+from extract.plan import ExtractPlan, check_tokenizer, check_tokens, checked_taps, provenance_of, sites_of, stream_of
+from extract.selection import Stream
+from extract.tokenising import Progress, tokenise
 
 if TYPE_CHECKING:
     from extract.models import Model
@@ -27,11 +33,11 @@ if TYPE_CHECKING:
 def append_documents(
     url: str,
     folder: str | Path,
-    documents: Sequence[Document],
+    documents: Iterable[Document],
     *,
     mesh: tuple[int, int] | None = None,
     model: "Model | None" = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ExtractPlan:
     """The plan that adds documents to the finished store at `url`, with the sites, layers and packing that it has.
 
@@ -47,24 +53,22 @@ def append_documents(
         InputError: another model or tokenizer, documents that are there, or a store that `extract` did not write.
         UnfinishedStoreError: the store is not finished.
     """
-    if not documents:
-        raise InputError("there are no documents to append; expected at least one; check the source and its --limit")
-    root, loaded, first = _opened(url, folder, mesh, model)
-    encoder = tokens.load_tokenizer(folder)
+    root, loaded, first, arrangement = _opened(url, folder, mesh, model)
+    encoder = _tokenizer_of(folder, first)
     check_tokenizer(loaded, encoder)
-    table = tokens.tokenise(documents, encoder, progress=progress)
+    like = StoredDocuments(root, read_plan(root)).columns
+    table = tokenise(documents, encoder, like=like, progress=progress)
     check_tokens(loaded, table)
-    settings = first["packing"]
-    packing = pack(np.diff(table.token_offsets), settings["context"])
-    provenance = provenance_of(loaded, encoder, table, packing, settings["batch"])
+    part = arrangement.part(stream_of(table), encoder.words)
+    provenance = provenance_of(loaded, encoder, table, arrangement)
     _refuse_others(first, provenance, ("model", "tokenizer"))
     store = appended_plan(
-        root, lambda before: extend(before, provenance, samples=packing.rows, documents=table.layout)
+        root, lambda before: extend(before, provenance, samples=part.packing.rows, documents=table.layout)
     )  # fmt: skip
     refuse_known_ids(root, lineage(root, store)[-2], table)
-    before = store.layout.samples - packing.rows
-    part = Part(packing, table.token_offsets, table.token_id, before, store.first_document)
-    return ExtractPlan(store, loaded, _taps(store), (part,), settings["batch"], table, {})
+    before = store.layout.samples - part.packing.rows
+    part = dataclasses.replace(part, first_sample=before, first_document=store.first_document)
+    return ExtractPlan(store, loaded, _taps(store), (part,), arrangement.batch, table, {})
 
 
 def append_layers(
@@ -93,8 +97,9 @@ def append_layers(
     """
     if layers is None and sites is None:
         raise InputError("there is nothing to append; expected documents, layers or sites")
-    root, loaded, first = _opened(url, folder, mesh, model)
-    provenance = {**first, **provenance_of(loaded, tokens.load_tokenizer(folder))}
+    root, loaded, first, arrangement = _opened(url, folder, mesh, model)
+    encoder = _tokenizer_of(folder, first)
+    provenance = {**first, **provenance_of(loaded, encoder)}
     _refuse_others(first, provenance, ("model", "tokenizer"))
     store = appended_plan(
         root, lambda before: extend(before, provenance, sites=_sites(loaded, before.layout, sites, layers))
@@ -104,13 +109,13 @@ def append_layers(
     for plan in lineage(root, store):
         if plan.documents is None:
             continue
-        offsets, ids = stored_tokens(root, plan)
-        packing = pack(np.diff(offsets), first["packing"]["context"])  # documents are appended with the same
-        parts.append(Part(packing, offsets, ids, samples, documents))
-        samples, documents = samples + packing.rows, documents + plan.documents.documents
+        stream = _stored_stream(root, plan, first_document=documents)
+        part = arrangement.part(stream, encoder.words, first_sample=samples, first_document=documents)
+        parts.append(part)  # documents are appended with the arrangement of the first ones
+        samples, documents = samples + part.packing.rows, documents + plan.documents.documents
     if samples != store.layout.samples:
         raise InputError(f"{url} holds {store.layout.samples} samples, its documents give {samples}; {_FOREIGN}")
-    return ExtractPlan(store, loaded, _taps(store), tuple(parts), first["packing"]["batch"], None, {})
+    return ExtractPlan(store, loaded, _taps(store), tuple(parts), arrangement.batch, None, {})
 
 
 _FOREIGN = "only stores that `actstore extract` wrote can be appended to with a model: use actstore.append for others"
@@ -118,22 +123,40 @@ _FOREIGN = "only stores that `actstore extract` wrote can be appended to with a 
 
 def _opened(
     url: str, folder: str | Path, mesh: tuple[int, int] | None, model: "Model | None"
-) -> tuple[Root, "Model", dict[str, Any]]:
-    """The store's root, the model as it was used then, and the provenance of what the store began with."""
+) -> tuple[Root, "Model", dict[str, Any], Arrangement]:
+    """The store's root, the model as it was used then, and the provenance and arrangement that the store began with."""
     root = Root.of(url)
     root.check_writable(0)
     first: dict[str, Any] = lineage(root, read_plan(root))[0].provenance
     try:
-        compute, packing = first["model"]["compute_dtype"], first["packing"]
-        known = packing["kind"] == "best-fit" and packing["context"] > 0 and packing["batch"] > 0
-    except (KeyError, TypeError):
-        known = False
-    if not known:
-        raise InputError(f"{url} does not say which model and packing it was written with; {_FOREIGN}")
+        compute, arrangement = first["model"]["compute_dtype"], Arrangement.of_json(first)
+    except (KeyError, TypeError, InputError):
+        raise InputError(f"{url} does not say which model and packing it was written with; {_FOREIGN}") from None
     attention = first["model"].get("attention", "chunked")
-    loaded = loaded_for(packing["batch"], folder, mesh=mesh, model=model, dtype=compute, attention=attention)
-    check_batch(loaded, packing["batch"])
-    return root, loaded, first
+    loaded = loaded_for(arrangement.batch, folder, mesh=mesh, model=model, dtype=compute, attention=attention)
+    check_batch(loaded, arrangement.batch)
+    return root, loaded, first, arrangement
+
+
+def _tokenizer_of(folder: str | Path, first: dict[str, Any]) -> tokens.Tokenizer:
+    """The tokenizer, with the tokens around every text that the store began with."""
+    special = first["tokenizer"].get("special_tokens")
+    if not isinstance(special, dict):
+        return tokens.load_tokenizer(folder, bos="never")
+    return tokens.load_tokenizer(folder, bos=special["bos"], eos=special["eos"])
+
+
+def _stored_stream(root: Root, plan: Plan, *, first_document: int) -> Stream:
+    """The tokens of the documents that one plan wrote, as a selection sees them."""
+    stored, offsets, ids, start = StoredDocuments(root, plan), *stored_tokens(root, plan)
+    here = np.arange(first_document, first_document + len(offsets) - 1)
+
+    def names() -> UInt64[np.ndarray, " document"]:
+        parts = [here[place : place + IDS_AT_ONCE] for place in range(0, len(here), IDS_AT_ONCE)]
+        return np.concatenate([Strings.of(stored.strings("id", part)).hashes() for part in parts])
+
+    begins = stored.numbers(COMPLETION, here) if COMPLETION in stored.columns else None
+    return Stream(offsets, ids, start, begins, lambda place: stored.strings("id", here[place : place + 1])[0], names)
 
 
 def _refuse_others(first: dict[str, Any], here: dict[str, Any], fields: tuple[str, ...]) -> None:

@@ -1,8 +1,7 @@
-"""Commands that run a model: `plan`, `extract`, `generate`, `demo`. They join `actstore` by its entry point."""
+"""Commands that run a model: `plan`, `extract`, `generate`, `demo`, `arc`. They join `actstore` by its entry point."""
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +11,17 @@ from actstore.card import human_bytes
 from actstore.cli import JsonOption
 from actstore.errors import InputError
 from actstore.terminal import Work
+from extract import arc_cli
 from extract.console import run_with_progress
 from extract.named import NAMED_MODELS, model_folder
+from extract.options import chosen, documents_of, layer_numbers, mesh_sizes, places, reading, takes, workers
 
 if TYPE_CHECKING:
     from extract.completions import Written
     from extract.loop import Progress
     from extract.plan import ExtractPlan
+    from extract.ranks import Rank
+    from extract.sources import Documents
 
 ModelOption = Annotated[
     str,
@@ -27,28 +30,6 @@ ModelOption = Annotated[
         help="HuggingFace folder, organisation/model[@revision] of a hub, or one of: " + ", ".join(NAMED_MODELS),
     ),
 ]
-DocumentsOption = Annotated[
-    str, typer.Option("--documents", help="a .jsonl, .txt, .md or .rst file, a folder of texts, or python-docs")
-]
-SitesOption = Annotated[
-    str,
-    typer.Option("--sites", help="places to keep, patterns such as resid_*, or names of hooks, with commas between"),
-]
-LayersOption = Annotated[
-    str | None, typer.Option("--layers", help="layers to keep, with commas between; default 6,12,18,23 or quarters")
-]
-ContextOption = Annotated[int, typer.Option(help="tokens the model sees at once")]
-BatchOption = Annotated[int, typer.Option(help="contexts per forward pass")]
-DtypeOption = Annotated[str, typer.Option(help="of the stored rows: bfloat16, float16 or float32")]
-CodecOption = Annotated[str, typer.Option(help="of the stored chunks: crc32c, none or zstd")]
-BlockOption = Annotated[int | None, typer.Option(help="samples per block; default aims at shards of 128 MiB")]
-MeshOption = Annotated[
-    str | None, typer.Option("--mesh", help="devices as DATA,MODEL; default as many as divide --batch, and 1")
-]
-AttentionOption = Annotated[
-    str | None, typer.Option(help="kernel: chunked (default), splash on TPUs, cudnn on NVIDIA GPUs; part of the plan")
-]
-LimitOption = Annotated[int | None, typer.Option(help="read this many documents and no more")]
 
 
 def register(app: typer.Typer) -> None:
@@ -62,55 +43,50 @@ def register(app: typer.Typer) -> None:
         epilog="Example: actstore generate answers.jsonl --model tiny-qwen2 --documents prompts.jsonl --max-tokens 64"
     )(generate)
     app.command(epilog="Example: actstore demo --folder demo")(demo)
+    arc_cli.register(app)
 
 
+@takes(documents_of, places, reading)
 def plan(
+    *,
     model: ModelOption,
-    documents: DocumentsOption,
-    sites: SitesOption = "resid_post",
-    layers: LayersOption = None,
-    context: ContextOption = 256,
-    batch: BatchOption = 8,
-    dtype: DtypeOption = "bfloat16",
-    codec: CodecOption = "crc32c",
-    block_samples: BlockOption = None,
-    mesh: MeshOption = None,
-    attention: AttentionOption = None,
-    limit: LimitOption = None,
+    near_duplicates: Annotated[
+        float | None, typer.Option(help="report documents that share this part of their runs of 5 tokens, such as 0.8")
+    ] = None,
     as_json: JsonOption = False,
+    **options: Any,
 ) -> None:
     """Show what `extract` would compute and write, without computing."""
-    decided = _plan(model, documents, sites, layers, limit, context=context, batch=batch, dtype=dtype, codec=codec,
-                    block_samples=block_samples, mesh=_mesh(mesh), attention=attention)  # fmt: skip
-    typer.echo(json.dumps(decided.as_json()) if as_json else decided.describe())
+    decided = _plan(model, options)
+    numbers, lines = decided.as_json(), decided.describe()
+    if near_duplicates is not None:
+        found = decided.near_duplicates(near_duplicates)
+        numbers["near_duplicates"] = [dataclasses.asdict(group) for group in found]
+        lines += "\n" + decided.describe_duplicates(found)
+    typer.echo(json.dumps(numbers) if as_json else lines)
 
 
+@takes(documents_of, places, reading, workers)
 def extract(
+    *,
     store: Annotated[str, typer.Argument(metavar="STORE", help="where to write: a path that ends in .acts.zarr")],
     model: ModelOption,
-    documents: DocumentsOption,
-    sites: SitesOption = "resid_post",
-    layers: LayersOption = None,
-    context: ContextOption = 256,
-    batch: BatchOption = 8,
-    dtype: DtypeOption = "bfloat16",
-    codec: CodecOption = "crc32c",
-    block_samples: BlockOption = None,
-    mesh: MeshOption = None,
-    attention: AttentionOption = None,
-    limit: LimitOption = None,
     as_json: JsonOption = False,
+    **options: Any,
 ) -> None:
     """Run a model over documents and store its activations. Stopped or killed, the same command continues."""
     from actstore.kvstore import Root
 
     Root.of(store).check_writable(0)  # before minutes of tokenising
-    decided = _plan(model, documents, sites, layers, limit, context=context, batch=batch, dtype=dtype, codec=codec,
-                    block_samples=block_samples, mesh=_mesh(mesh), attention=attention)  # fmt: skip
-    _run(decided, store, as_json=as_json)
+    rank = chosen(workers, options)
+    if rank.workers > 1 and options["tokens_folder"] is not None:
+        options["tokens_folder"] = str(Path(options["tokens_folder"]) / f"worker-{rank.rank}")
+    _run(_plan(model, options), store, rank, as_json=as_json)
 
 
+@takes(documents_of, workers)
 def append(
+    *,
     store: Annotated[str, typer.Argument(metavar="STORE", help="a finished store, run.acts.zarr")],
     model: ModelOption,
     documents: Annotated[
@@ -121,48 +97,51 @@ def append(
     mesh: Annotated[
         str | None, typer.Option("--mesh", help="as in extract; default as many devices as divide the store's batch")
     ] = None,
-    skip: Annotated[int, typer.Option(help="pass over this many documents of the source")] = 0,
-    limit: LimitOption = None,
     as_json: JsonOption = False,
+    **options: Any,
 ) -> None:
     """Add documents, or layers and sites, to a finished store. Stopped or killed, the same command continues."""
     from extract.additions import append_documents, append_layers
-    from extract.documents import open_documents
 
     if (documents is None) == (sites is None and layers is None):
         raise InputError("give either --documents, or --layers and --sites for the documents that are there")
-    if skip < 0 or (documents is None and (skip or limit is not None)):
+    if documents is None and (options["skip"] or options["limit"] is not None):
         raise InputError("--skip and --limit count documents from 0; give them with --documents")
-    devices = _mesh(mesh)
+    devices, rank = mesh_sizes(mesh), chosen(workers, options)
     folder = folder_of(model)
     if documents is None:
-        numbers = None if layers is None else [_layer(part) for part in layers.split(",")]
         names = None if sites is None else [site.strip() for site in sites.split(",")]
-        decided = append_layers(store, folder, layers=numbers, sites=names, mesh=devices)
+        decided = append_layers(store, folder, layers=layer_numbers(layers), sites=names, mesh=devices)
     else:
-        texts = open_documents(documents, limit=None if limit is None else skip + limit)[skip:]
+        texts = chosen(documents_of, {**options, "documents": documents})
         with Work("tokenise", unit="documents") as work:
             decided = append_documents(store, folder, texts, mesh=devices, progress=work.update)
-    _run(decided, store, as_json=as_json)
+        _say_problems(texts)
+    _run(decided, store, rank, as_json=as_json)
 
 
-def _run(decided: "ExtractPlan", store: str, *, as_json: bool) -> None:
+def _run(decided: "ExtractPlan", store: str, rank: "Rank", *, as_json: bool) -> None:
     """Runs a plan and says what was done."""
-    typer.echo(decided.describe(), err=True)
-    state = run_with_progress(decided, store)
+    if rank.rank == 0:
+        typer.echo(decided.describe(), err=True)
+    state = run_with_progress(decided, store, rank=rank)
     summary = {
         "url": store, "blocks": state.blocks, "blocks_before": state.blocks_before,
         "blocks_computed": state.blocks_computed, "samples_computed": state.samples_computed,
         "bytes_written": state.bytes_written, "seconds": round(state.seconds, 3),
-        "tokens_per_second": round(state.tokens_per_second, 1),
+        "tokens_per_second": round(state.tokens_per_second, 1), "rank": state.rank, "workers": state.workers,
+        "seconds_for_storage": round(state.seconds_for_storage, 3),
+        "seconds_for_device": round(state.seconds_for_device, 3),
+        "seconds_for_host": round(state.seconds_for_host, 3), "limit": state.limit,
     }  # fmt: skip
     typer.echo(json.dumps(summary) if as_json else _summary(state, store))
 
 
+@takes(documents_of)
 def generate(
+    *,
     path: Annotated[Path, typer.Argument(metavar="FILE", help="where to write: a .jsonl file, which extract reads")],
     model: ModelOption,
-    documents: DocumentsOption,
     max_tokens: Annotated[int, typer.Option(help="most tokens to add to each prompt")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token, always")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="draw from this many of the most likely tokens")] = None,
@@ -172,12 +151,12 @@ def generate(
         list[str] | None, typer.Option(help="a token that ends a completion, may be repeated; default the model's own")
     ] = None,
     batch: Annotated[int, typer.Option(help="prompts at a time")] = 8,
-    limit: LimitOption = None,
+    chat_date: Annotated[str | None, typer.Option(help="for chat templates that write a date: 2026-07-26")] = None,
     as_json: JsonOption = False,
+    **options: Any,
 ) -> None:
     """Continue prompts and write the completions as JSONL. Stopped or killed, the same command continues."""
     from extract.completions import plan_completions, write_completions
-    from extract.documents import open_documents
     from extract.gathering import check_target
     from extract.models.errors import ModelError
     from extract.models.sampling import Sampling
@@ -188,10 +167,19 @@ def generate(
     except ModelError as error:
         raise InputError(str(error)) from None
     folder = folder_of(model)
-    prompts = open_documents(documents, limit=limit)
+    source = documents_of(**options)
+    prompts = list(source)
+    _say_problems(source)
     with Work("tokenise", unit="documents") as work:
         decided = plan_completions(
-            folder, prompts, max_tokens=max_tokens, sampling=sampling, stop=stop, batch=batch, progress=work.update
+            folder,
+            prompts,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            batch=batch,
+            chat_date=chat_date,
+            progress=work.update,
         )
     typer.echo(decided.describe(), err=True)
     with Work("generate", unit="prompts") as work:
@@ -232,55 +220,42 @@ def folder_of(model: str) -> Path:
         return model_folder(model, progress=lambda label, done, total: work.update(done, total, label))
 
 
-def _plan(
-    model: str, documents: str, sites: str, layers: str | None, limit: int | None, **settings: Any
-) -> "ExtractPlan":
+def _plan(model: str, options: dict[str, Any]) -> "ExtractPlan":
     """The plan of a command's options.
 
     Raises:
         InputError: anything in them that would fail later.
     """
-    from extract.documents import open_documents
     from extract.plan import make_plan
 
-    numbers = None if layers is None else [_layer(part) for part in layers.split(",")]
+    texts, where, how = (chosen(function, options) for function in (documents_of, places, reading))
     folder = folder_of(model)
-    texts = open_documents(documents, limit=limit)
     with Work("tokenise", unit="documents") as work:
-        return make_plan(
-            folder, texts, sites=[site.strip() for site in sites.split(",")], layers=numbers, progress=work.update,
-            **settings,
-        )  # fmt: skip
+        decided = make_plan(folder, texts, progress=work.update, **where, **how)
+    _say_problems(texts)
+    return decided
 
 
-def _layer(text: str) -> int:
-    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
-        raise InputError(f"--layers has {text!r}; expected whole numbers with commas between, such as 6,12,18,23")
-    return int(text)
-
-
-def _mesh(text: str | None) -> tuple[int, int] | None:
-    """The sizes of the two axes of a mesh.
-
-    Raises:
-        InputError: it is not two whole numbers.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*", text)
-    if not found:
-        raise InputError(f"--mesh is {text!r}; expected two whole numbers, DATA,MODEL, such as 4,2 for 8 devices")
-    return int(found[1]), int(found[2])
+def _say_problems(documents: "Documents") -> None:
+    """Says what was passed over."""
+    if said := documents.describe_problems():
+        typer.echo(said, err=True)
 
 
 def _summary(state: "Progress", store: str) -> str:
     """What a run did, for a person."""
-    if not state.blocks_computed:
+    if state.blocks_before == state.blocks:
         return f"{store} is complete; all {state.blocks} blocks were there before, nothing was computed"
+    here = "" if state.workers == 1 else f" by this worker, {state.rank} of {state.workers}"
+    seconds = max(state.seconds, 1e-9)
     return (
-        f"{store} is complete: {state.blocks_computed} of {state.blocks} blocks computed, {state.blocks_before} were "
-        f"there before; {state.samples_computed:,} samples, {human_bytes(state.bytes_written)} written in "
-        f"{state.seconds:.1f} s, {state.tokens_per_second:,.0f} tokens/s"
+        f"{store} is complete: {state.blocks_computed} of {state.blocks} blocks computed{here}, {state.blocks_before} "
+        f"were there before; {state.samples_computed:,} samples, {human_bytes(state.bytes_written)} written in "
+        f"{state.seconds:.1f} s: {state.tokens_per_second:,.0f} tokens/s, "
+        f"{human_bytes(int(state.bytes_written / seconds))}/s\n"
+        f"limited by the {state.limit}: {state.seconds_for_device / seconds:.0%} of the time waiting for the device, "
+        f"{state.seconds_for_storage / seconds:.0%} for storage, {state.seconds_for_host / seconds:.0%} on input and "
+        "copying"
     )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -18,9 +17,12 @@ from extract.documents import Document
 from extract.gathering import Gathering
 from extract.loaded import load_model
 from extract.models.cache import generation_bytes
+from extract.models.checkpoint import read_json
 from extract.models.errors import ModelError
+from extract.models.kinds import is_whole, shown
 from extract.models.sampling import Sampling
 from extract.plan import check_tokenizer, check_tokens, provenance_of
+from extract.tokenising import Progress, digest, tokenise
 
 if TYPE_CHECKING:
     from extract.models import Model
@@ -71,7 +73,7 @@ class CompletionPlan:
         It is decided by the prompt alone, so that the batch it lands in does not change a bit of its result.
         """
         size = len(self.prompt(number))
-        widest = self.model.config.max_positions - self.max_tokens
+        widest = self.model.config.longest - self.max_tokens
         return min(max(NARROWEST, 1 << (size - 1).bit_length()), widest)
 
     def batches(self, missing: Collection[int]) -> Iterator[list[int]]:
@@ -105,10 +107,10 @@ class CompletionPlan:
 
     def line(self, number: int, result: dict[str, Any]) -> dict[str, Any]:
         """The object of one line of the file."""
-        document = self.documents[number]
+        document, prompt = self.documents[number], self.prompts.texts[number]
         new = result["tokens"][:-1] if result["finish"] == "stop" else result["tokens"]
         completion = self._text(number, new)
-        own = (document.id, document.text, completion, document.text + completion, result["tokens"], result["finish"])
+        own = (document.id, prompt, completion, prompt + completion, result["tokens"], result["finish"])
         return dict(zip(OWN_FIELDS, own, strict=True)) | dict(document.columns)
 
     def _text(self, number: int, new: list[int]) -> str:
@@ -127,8 +129,9 @@ def plan_completions(
     sampling: Sampling | None = None,
     stop: Sequence[str] | None = None,
     batch: int = BATCH,
+    chat_date: str | None = None,
     model: "Model | None" = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CompletionPlan:
     """Decides what `write_completions` computes. The text of each document is its prompt, as it is.
 
@@ -140,6 +143,7 @@ def plan_completions(
         stop: Tokens that end a completion, by their text; None for the model's own: `eos_token_id` of
             `generation_config.json` or `config.json`. Each is one token, not a string that may be several.
         batch: Prompts at a time. Memory grows with it.
+        chat_date: The date for chat templates that write today's, such as 2026-07-26.
         model: The model of `folder` where it is loaded already.
         progress: Called with (documents tokenised, documents in all).
 
@@ -156,9 +160,9 @@ def plan_completions(
             f"the prompts have fields {', '.join(taken)}, which the completions have too; expected other names; "
             "rename them"
         )
-    encoder = tokens.load_tokenizer(folder)
+    encoder = tokens.load_tokenizer(folder, answer=True, chat_date=chat_date)
     stops = _own_stop(Path(folder)) if stop is None else _stop_ids(encoder, stop)
-    table = tokens.tokenise(documents, encoder, progress=progress)
+    table = tokenise(documents, encoder, progress=progress)
     loaded = model or load_model(folder)
     check_tokenizer(loaded, encoder)
     _check_lengths(table, loaded, max_tokens)
@@ -171,7 +175,7 @@ def plan_completions(
     known = provenance_of(loaded, encoder)
     known["model"].pop("attention", None)  # generation has one of its own
     settings = known | {
-        "prompts": {"count": len(documents), "sha256": _digest(table, documents)},
+        "prompts": {"count": len(documents), "sha256": digest(table)},
         "max_tokens": max_tokens,
         "sampling": dataclasses.asdict(sampling),
         "stop": list(stops),
@@ -235,19 +239,27 @@ def _row_id(identifier: str) -> int:
     return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:4], "little")
 
 
-def _digest(table: DocumentTable, documents: Sequence[Document]) -> str:
-    """SHA-256 over everything of the prompts that stands in the file."""
-    columns = json.dumps([dict(document.columns) for document in documents])
-    return hashlib.sha256((tokens.digest(table) + columns).encode()).hexdigest()
-
-
 def _own_stop(folder: Path) -> tuple[int, ...]:
-    """The end-of-text tokens that a model folder names."""
+    """The end-of-text tokens that a model folder names.
+
+    Raises:
+        InputError: the file that names them is broken, or names something else.
+    """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        found = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return tuple(sorted(found)) if isinstance(found, list) else (int(found),)
+        try:
+            found = read_json(path).get("eos_token_id") if path.is_file() else None
+        except ModelError as error:
+            raise InputError(f"{error}; or give --stop") from None
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(map(is_whole, ids)):
+            raise InputError(
+                f"found eos_token_id {shown(found)} in {path}; expected the number of a token, or a list of such; "
+                "correct it, or give --stop"
+            )
+        return tuple(sorted(ids))
     return ()
 
 
@@ -263,12 +275,12 @@ def _stop_ids(encoder: tokens.Tokenizer, stop: Sequence[str]) -> tuple[int, ...]
 
 
 def _check_lengths(table: DocumentTable, model: "Model", max_tokens: int) -> None:
-    most = model.config.max_positions - max_tokens
+    most = model.config.longest - max_tokens
     sizes = np.diff(table.token_offsets)
     if too_long := np.flatnonzero(sizes > most).tolist():
         first = too_long[0]
         raise InputError(
             f"{len(too_long)} prompts are too long, the first is {table.ids[first]!r} with {sizes[first]} tokens: "
-            f"expected at most {most}, since {max_tokens} more must fit into the {model.config.max_positions} that the "
+            f"expected at most {most}, since {max_tokens} more must fit into the {model.config.longest} that the "
             "model was made for; shorten these prompts, or lower --max-tokens"
         )

@@ -9,10 +9,13 @@ from actstore.terminal import Work
 if TYPE_CHECKING:
     from extract.loop import Progress
     from extract.plan import ExtractPlan
+    from extract.ranks import Rank
+
+WORTH_SAYING = 0.05
 
 
-def run_with_progress(decided: "ExtractPlan", store: str) -> "Progress":
-    """Runs a plan with a bar or plain lines.
+def run_with_progress(decided: "ExtractPlan", store: str, *, rank: "Rank | None" = None) -> "Progress":
+    """Runs a plan with a bar or plain lines: the whole run's on worker 0, elsewhere those of this worker.
 
     Raises:
         StoppedError: a signal came; committed blocks stay.
@@ -22,9 +25,12 @@ def run_with_progress(decided: "ExtractPlan", store: str) -> "Progress":
     samples = decided.as_json()["samples"]
 
     def show(state: "Progress") -> None:
-        rate, written = f"{state.tokens_per_second:,.0f} tokens/s", human_bytes(state.bytes_written)
-        work.update(samples - state.samples_left, samples, f"{rate}, {written} written")
-        STOPPING.check()
+        storage = state.seconds_for_storage / max(state.seconds, 1e-9)
+        note = f"{state.tokens_per_second:,.0f} tokens/s, {human_bytes(state.bytes_written)} written"
+        if storage > WORTH_SAYING:
+            note += f", {storage:.0%} waiting for storage"
+        work.update(samples - state.samples_left, samples, note)
 
-    with Work("extract", unit="samples") as work, STOPPING.finishing(f"{store} keeps its committed blocks"):
-        return run(decided, store, progress=show)
+    label = "extract" if rank is None or rank.workers == 1 else f"extract {rank.rank} of {rank.workers}"
+    with Work(label, unit="samples") as work, STOPPING.finishing(f"{store} keeps its committed blocks"):
+        return run(decided, store, progress=show, rank=rank, stopping=STOPPING.reason)

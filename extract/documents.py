@@ -1,29 +1,16 @@
-"""Documents: the texts a run reads, from a JSONL file, text files, or the running Python's own documentation.
+"""Documents: what a run reads, one at a time, and how a record of named fields becomes one."""
 
-Every reader is lazy and yields `Document`s in a fixed order. `open_documents` is the front door: it picks the reader
-from the name of the source, checks what can only be seen across documents (identifiers, emptiness) and returns a list.
-"""
-
-import ast
 import dataclasses
-import itertools
-import json
-import sysconfig
-import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-from actstore.errors import InputError
+import numpy as np
 
-PYTHON_DOCS = "python-docs"
-TEXT_ENDINGS = (".txt", ".md", ".rst")
+TEXT_FIELD, ID_FIELD = "text", "id"
 JSONL_ENDINGS = (".jsonl", ".ndjson")
 
-_DOCSTRING_CHARACTERS = 60  # shorter docstrings ("Return self.") are noise to a language model
-_SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-
 Column = int | float | str
+Kind = Literal["broken", "wrong type", "empty", "duplicate id"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,221 +19,91 @@ class Document:
 
     Attributes:
         id: Unique among the documents of a run.
-        text: What is tokenised; never empty, always encodable as UTF-8.
+        text: What is tokenised, always encodable as UTF-8. Empty where there are `messages` or `token_ids` instead.
         columns: Scalars that describe the document, such as its kind. Kept in the store.
         source: Where to find it again: `"texts.jsonl:17"`, `"notes/a.md"`, `"pydoc_data.topics:assert"`.
+        completion: The character of the text at which a completion begins, where there is one: before it is the prompt.
+        messages: A chat, each message with its `role` and `content`, to be rendered by the model's template.
+        token_ids: Tokens of a document that is tokenised already.
     """
 
     id: str
     text: str
     columns: Mapping[str, Column]
     source: str
+    completion: int | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
-def open_documents(source: str, *, limit: int | None = None) -> list[Document]:
-    """Reads the documents of `source`, checked and in order.
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something in a source that is no document, and why: found, expected, what to do."""
+
+    kind: Kind
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Which fields of a record mean what.
+
+    Attributes:
+        text: The field that holds the text. Where a record has none: `messages`, a chat; `prompt` and `completion`,
+            which are joined; or `input_ids`, tokens.
+        id: The field that holds the identifier, a string or an integer. Where a record has none, the identifier is the
+            place: `"texts.jsonl:17"`.
+        columns: Fields to keep. None keeps all that hold a number or a string; booleans become 0 and 1, and nulls,
+            lists and objects are left out. Named ones have to be there, in every record.
+    """
+
+    text: str = TEXT_FIELD
+    id: str = ID_FIELD
+    columns: tuple[str, ...] | None = None
+
+
+def document_of(record: Mapping[str, Any], where: str, fields: Fields) -> Document | Problem:
+    """The document of one record.
 
     Args:
-        source: `"python-docs"`, or the path of a `.jsonl` file, of a text file (`.txt`, `.md`, `.rst`), or of a folder
-            of text files.
-        limit: Read this many documents and no more; `None` reads all. What follows is neither read nor checked.
-
-    Returns:
-        At least one document. All texts are held in memory; use the readers themselves to stream.
-
-    Raises:
-        InputError: The source is missing, of an unknown kind, malformed, empty, or has an identifier twice.
-
-    Example:
-        >>> [document.id for document in open_documents("python-docs", limit=2)]
-        ['topics/assert', 'topics/assignment']
+        record: Its fields by their names.
+        where: The place it stands at, for errors and as its source.
+        fields: Which of them mean what.
     """
-    if not source:
-        raise InputError("the source of the documents is empty; expected a path or python-docs; is a variable not set?")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; expected at least 1, or None for all documents. Leave it out to read all.")
-    first: dict[str, Document] = {}
-    for document in itertools.islice(_reader(source), limit):
-        earlier = first.setdefault(document.id, document)
-        if earlier is not document:
-            raise InputError(
-                f"The id {document.id!r} stands at {earlier.source} and again at {document.source}; expected every id "
-                "once. Rename one, or drop the id field: ids are then made from file name and line."
-            )
-    if not first:
-        raise InputError(
-            f"{source} holds no documents; expected at least one. "
-            f"A folder needs files that end in {_listed(TEXT_ENDINGS)}, a JSONL file one JSON object per line."
+    identifier = record.get(fields.id, where)
+    if isinstance(identifier, bool) or not isinstance(identifier, str | int | np.integer):
+        return Problem(
+            "wrong type",
+            f"{where} has {identifier!r} in {fields.id!r}; expected a string or an integer. Correct or drop the field.",
         )
-    return list(first.values())
-
-
-def read_jsonl(path: str | Path, *, text_field: str = "text", id_field: str = "id") -> Iterator[Document]:
-    """Yields one document per line of a JSONL file, reading line by line. Blank lines are skipped.
-
-    Args:
-        path: The file, in UTF-8.
-        text_field: The field that holds the text.
-        id_field: The field that holds the identifier, a string or an integer. Where a line has none, the identifier is
-            the file's name and the line: `"texts.jsonl:17"`.
-
-    Yields:
-        Documents whose columns are the other fields that are numbers or strings; booleans become 0 and 1. Nulls, lists
-        and objects are left out.
-
-    Raises:
-        InputError: While iterating, naming file and line: not JSON, not an object, text missing, not a string or empty.
-    """
-    path = Path(path)
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path.name}:{number}"
-            text = _decoded(line, where).removeprefix("\ufeff")
-            if text.strip():
-                yield _from_fields(_json_object(text, where), where, text_field=text_field, id_field=id_field)
-
-
-def read_text(path: str | Path) -> Iterator[Document]:
-    """Yields one document for a text file, or one for each text file in a folder and below it.
-
-    Args:
-        path: A file of any ending, or a folder, where `.txt`, `.md` and `.rst` files are taken in the order of their
-            relative paths. Names that start with a dot are passed over.
-
-    Yields:
-        Documents whose id is the file's name, or its path relative to the folder. They have no columns.
-
-    Raises:
-        InputError: While iterating: a file is missing, is not UTF-8, or is empty.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        yield _from_file(path, path.name)
-        return
-    names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.suffix in TEXT_ENDINGS}
-    for name, file in sorted(names.items()):
-        if file.is_file() and not any(part.startswith(".") for part in name.split("/")):
-            yield _from_file(file, name)
-
-
-def python_docs() -> Iterator[Document]:
-    """Yields the running Python's own documentation: text that every machine has, without a network.
-
-    First the language reference as `help()` shows it (`pydoc_data.topics`), then the docstrings of the standard
-    library, each text once. Column `kind` is `"topic"` or `"docstring"`. About 5,400 documents and 2.1 MB; the
-    docstrings are parsed from source, file by file, which takes some 3 CPU-seconds in all. The order is fixed; other
-    versions of Python have other texts.
-
-    Example:
-        >>> next(python_docs()).source
-        'pydoc_data.topics:assert'
-    """
-    seen: set[str] = set()
-    for document in itertools.chain(_topics(), _docstrings(Path(sysconfig.get_path("stdlib")))):
-        if document.text not in seen:
-            seen.add(document.text)
-            yield document
-
-
-def _reader(source: str) -> Iterator[Document]:
-    path = Path(source)
-    if source == PYTHON_DOCS:
-        return python_docs()
-    if not path.exists():
-        raise InputError(
-            f"There is nothing at {source}; expected a file, a folder or {PYTHON_DOCS!r}. "
-            f"Check the path (the working folder is {Path.cwd()})."
-        )
-    if path.is_dir() or path.suffix in TEXT_ENDINGS:
-        return read_text(path)
-    if path.suffix in JSONL_ENDINGS:
-        return read_jsonl(path)
-    raise InputError(
-        f"{source} ends in {path.suffix!r}; expected {_listed(JSONL_ENDINGS + TEXT_ENDINGS)}, a folder of text files "
-        f"or {PYTHON_DOCS!r}. Convert the file to JSONL: one object per line, with a string field 'text'."
+    if isinstance(identifier, str) and not encodable(identifier):
+        return Problem("wrong type", f"{where}, field {fields.id!r}, {_SURROGATE}")
+    columns = _columns(record, where, fields)
+    content = _content(record, where, fields)
+    if isinstance(columns, Problem):
+        return columns
+    return (
+        content if isinstance(content, Problem) else Document(str(identifier), columns=columns, source=where, **content)
     )
 
 
-def _listed(endings: tuple[str, ...]) -> str:
-    return f"{', '.join(endings[:-1])} or {endings[-1]}"
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be opened ({error.strerror}); expected a readable file. Check the path and its permissions."
-        ) from error
-
-
-def _decoded(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where} has the byte 0x{raw[error.start]:02x} at offset {error.start}, which is not UTF-8; "
-            "expected UTF-8 text. Convert the file, for example with iconv."
-        ) from error
-
-
-def _json_object(line: str, where: str) -> dict[str, object]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where} is not JSON ({error}); expected one JSON object on the line. "
-            "Correct the line; a text's line breaks must be written as \\n."
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{where} holds a JSON {type(value).__name__}; expected an object such as "
-            '{"id": "a", "text": "..."}. Wrap the value in an object.'
-        )
-    return value
-
-
-def _from_fields(fields: dict[str, object], where: str, *, text_field: str, id_field: str) -> Document:
-    if text_field not in fields:
-        raise InputError(
-            f"{where} has no field {text_field!r}, only {sorted(fields)}; expected the text there. "
-            f"Rename the field that holds the text to {text_field!r}, or read the file with "
-            "read_jsonl(path, text_field=...)."
-        )
-    identifier = fields.get(id_field, where)
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int):
-        raise InputError(
-            f"{where} has {identifier!r} in {id_field!r}; expected a string or an integer. Correct or drop the field."
-        )
-    columns = {
-        name: int(value) if isinstance(value, bool) else value
-        for name, value in fields.items()
-        if name not in (text_field, id_field) and isinstance(value, int | float | str)
-    }
-    text = _checked_text(fields[text_field], f"{where}, field {text_field!r},")
-    return Document(id=str(identifier), text=text, columns=columns, source=where)
-
-
-def _from_file(path: Path, name: str) -> Document:
-    with _opened(path) as file:
-        text = _decoded(file.read(), name).removeprefix("\ufeff")
-    return Document(id=name, text=_checked_text(text, name), columns={}, source=name)
-
-
-def _checked_text(text: object, where: str) -> str:
+def checked_text(text: object, where: str) -> str | Problem:
+    """A text that can be tokenised, or why it cannot."""
     if not isinstance(text, str):
-        raise InputError(f"{where} holds a {type(text).__name__}; expected a string. Write the text in quotes.")
-    if not text.strip():
-        raise InputError(f"{where} holds an empty text; expected at least one visible character. Drop this document.")
-    if not _encodable(text):
-        raise InputError(
-            f"{where} holds half of a surrogate pair, which has no UTF-8 form; expected whole characters. "
-            "Remove the escape \\ud800 to \\udfff."
+        return Problem(
+            "wrong type", f"{where} holds a {type(text).__name__}; expected a string. Write the text in quotes."
         )
+    if not text.strip():
+        return Problem(
+            "empty", f"{where} holds an empty text; expected at least one visible character. Drop this document."
+        )
+    if not encodable(text):
+        return Problem("wrong type", f"{where} {_SURROGATE}")
     return text
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Whether a text has a UTF-8 form."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -254,42 +111,92 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _topics() -> Iterator[Document]:
-    from pydoc_data.topics import topics
-
-    for name, text in sorted(topics.items()):
-        yield Document(f"topics/{name}", text, {"kind": "topic"}, f"pydoc_data.topics:{name}")
-
-
-def _docstrings(library: Path) -> Iterator[Document]:
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
-            yield from _module_docstrings(path, relative)
+_SURROGATE = (
+    "holds half of a surrogate pair, which has no UTF-8 form; expected whole characters. "
+    "Remove the escape \\ud800 to \\udfff."
+)
 
 
-def _module_docstrings(path: Path, relative: Path) -> Iterator[Document]:
-    module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old modules have escapes that newer parsers warn about
-        tree = ast.parse(path.read_bytes())
-    times: dict[str, int] = {}
-    for name, line, text in _documented(tree, ""):
-        times[name] = times.get(name, 0) + 1  # a property and its setter, or both branches of an `if`
-        again = f"#{times[name]}" if times[name] > 1 else ""
-        if len(text) > _DOCSTRING_CHARACTERS and _encodable(text):
-            identifier = "/".join(filter(None, ("docstring", module, name))) + again
-            yield Document(identifier, text, {"kind": "docstring"}, f"{relative.as_posix()}:{line}")
+def _content(record: Mapping[str, Any], where: str, fields: Fields) -> dict[str, Any] | Problem:
+    """`text`, `completion`, `messages` and `token_ids` of a record."""
+    halves = (record.get("prompt"), record.get("completion"))
+    whole = halves[0] + halves[1] if isinstance(halves[0], str) and isinstance(halves[1], str) else None
+    begins = len(halves[0] or "")
+    if fields.text in record:
+        text = checked_text(record[fields.text], f"{where}, field {fields.text!r},")
+        if isinstance(text, Problem):
+            return text
+        return {"text": text, "completion": begins if text == whole else None}
+    if whole is not None:
+        text = checked_text(whole, f"{where}, fields 'prompt' and 'completion',")
+        return text if isinstance(text, Problem) else {"text": text, "completion": begins}
+    if "messages" in record:
+        return _chat(record["messages"], where)
+    if "input_ids" in record:
+        return _tokens(record["input_ids"], where)
+    return Problem(
+        "wrong type",
+        f"{where} has no field {fields.text!r}, only {sorted(record)}; expected the text there, or messages, or prompt "
+        f"and completion, or input_ids. Rename the field that holds the text to {fields.text!r}, or give its name as "
+        "--text-field.",
+    )
 
 
-def _documented(node: ast.AST, prefix: str) -> Iterator[tuple[str, int, str]]:
-    """Yields (qualified name, line, docstring) of a module and all that it defines, in the order of the source."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        text = ast.get_docstring(node)
-        if text:
-            yield prefix, getattr(node, "lineno", 1), text
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _documented(child, f"{prefix}.{child.name}" if prefix else child.name)
-        elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
-            yield from _documented(child, prefix)
+def _chat(messages: object, where: str) -> dict[str, Any] | Problem:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        return Problem(
+            "wrong type" if messages else "empty",
+            f"{where}, field 'messages', holds {messages!r:.60}; expected a list of messages, each with role and "
+            "content. Correct the field.",
+        )
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return Problem(
+                "wrong type",
+                f"{where}, field 'messages', holds {message!r:.60}; expected objects with role and content, such as "
+                '{"role": "user", "content": "Hello"}. Correct the message.',
+            )
+    return {"text": "", "messages": tuple(dict(message) for message in messages)}
+
+
+def _tokens(values: object, where: str) -> dict[str, Any] | Problem:
+    numbers = np.asarray(values) if isinstance(values, Sequence | np.ndarray) else np.zeros((1, 1))
+    if numbers.size == 0:
+        return Problem("empty", f"{where}, field 'input_ids', is empty; expected tokens. Drop this document.")
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() >= 1 << 31:
+        return Problem(
+            "wrong type",
+            f"{where}, field 'input_ids', holds {values!r:.60}; expected a list of token ids, whole numbers from 0. "
+            "Correct the field.",
+        )
+    return {"text": "", "token_ids": tuple(numbers.tolist())}
+
+
+def _columns(record: Mapping[str, Any], where: str, fields: Fields) -> dict[str, Column] | Problem:
+    """The user columns of a record."""
+    names = record if fields.columns is None else fields.columns
+    if missing := [name for name in names if name not in record]:
+        return Problem(
+            "wrong type",
+            f"{where} has no field {missing[0]!r}, only {sorted(record)}; expected every column that was asked for. "
+            "Correct --columns.",
+        )
+    taken = {fields.text, fields.id} | (set() if fields.text in record else {"prompt", "completion"})
+    kept: dict[str, Column] = {}
+    for name in names:
+        value = record[name]
+        if name in taken:
+            continue
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, str) and not encodable(value):
+            return Problem("wrong type", f"{where}, field {name!r}, {_SURROGATE}")
+        if isinstance(value, int | float | str):
+            kept[name] = int(value) if isinstance(value, bool) else value
+        elif fields.columns is not None:
+            return Problem(
+                "wrong type",
+                f"{where}, field {name!r}, holds {value!r:.60}; expected a number or a string in a column that was "
+                "asked for. Correct the field, or --columns.",
+            )
+    return kept

@@ -14,11 +14,13 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from actstore.durable import write_durably
-from actstore.errors import InputError, PlanMismatchError
+from actstore.errors import InputError
 from actstore.kvstore import storage_errors
 from extract.documents import JSONL_ENDINGS
+from extract.settings import refuse_other, settle, stored_settings
 
 SETTINGS, PARTIAL = ".settings.json", ".partial"
+FOUND = "found"  # in the settings of a file that is written whole: what its making counted
 
 
 def check_target(target: Path) -> None:
@@ -32,6 +34,16 @@ def check_target(target: Path) -> None:
         raise InputError(
             f"{target} ends in {target.suffix!r}; expected .jsonl, so that `extract` can read it; rename it"
         )
+    check_place(target)
+
+
+def check_place(target: Path) -> None:
+    """Refuses a file that could not be written or is something else, whatever its ending.
+
+    Raises:
+        InputError: something else is in the way.
+        StorageError: its folder cannot be written.
+    """
     if target.is_dir():
         raise InputError(f"{target} is a folder; expected a file or nothing there; choose another name")
     if (target.exists() or _beside(target, PARTIAL).exists()) and not _beside(target, SETTINGS).exists():
@@ -43,6 +55,58 @@ def check_target(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(target.parent, os.W_OK):
             raise PermissionError(13, "Permission denied")
+
+
+def made_before(target: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was found when a file was made that `write_whole` writes; None where it is still to be made.
+
+    Raises:
+        PlanMismatchError: what is there was made with other settings; the differing fields are named.
+    """
+    check_place(target)
+    if not target.exists():
+        return None
+    stored = stored_settings(_beside(target, SETTINGS))
+    found = stored.pop(FOUND, None)
+    refuse_other(target, stored, settings)
+    return found if isinstance(found, dict) else {}
+
+
+def write_whole(
+    target: Path, settings: Mapping[str, Any], pieces: Iterator[bytes], found: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Writes a file that takes one pass to make, whole or not at all. Killed, the next call begins again.
+
+    The settings are written when all pieces are there and before the file is: settings without a file bind nobody.
+
+    Args:
+        target: The file to make; one that is there is replaced.
+        settings: Everything that decides its content.
+        pieces: Its bytes, made on the way. What they raise comes out as it is.
+        found: Asked after the last piece: what the pass has counted, kept beside the settings.
+
+    Raises:
+        StorageError: It could not be written.
+    """
+
+    def checked() -> Iterator[memoryview]:
+        try:
+            for piece in pieces:
+                yield memoryview(piece)
+        except Exception as error:
+            raise _NotWritten from error  # `storage_errors` would take an OSError of the source for one of the target
+        text = json.dumps({**settings, FOUND: found()}, indent=2).encode() + b"\n"
+        write_durably(_beside(target, SETTINGS), [memoryview(text)])
+
+    try:
+        with storage_errors(f"write {target}"):
+            write_durably(target, checked())
+    except _NotWritten as stopped:
+        raise stopped.__cause__ or stopped from None
+
+
+class _NotWritten(Exception):  # noqa: N818  it carries an error and is none
+    """Carries what the pieces of a file raised past the translation of storage errors."""
 
 
 class Gathering:
@@ -69,12 +133,7 @@ class Gathering:
         self._offsets: dict[int, int] = {}
         self._stack = ExitStack()
         self._file: BinaryIO
-        path = _beside(target, SETTINGS)
-        with storage_errors(f"write {path}"):
-            if path.exists():
-                _refuse_other(target, _stored(path), json.loads(json.dumps(settings)))
-            else:
-                write_durably(path, [memoryview(json.dumps(settings, indent=2).encode() + b"\n")])
+        settle(_beside(target, SETTINGS), settings, of=target)
         self.complete = target.exists()
 
     @property
@@ -88,8 +147,11 @@ class Gathering:
                 self._file = opened.enter_context(self._partial.open("a+b"))
                 self._lock(self._file)
                 self.complete = self._target.exists()  # another process may have finished it before it let go
-                self._read(self._file)
-                self._stack = opened.pop_all()  # to be closed at the end, or at once where anything fails
+                if self.complete:
+                    self._partial.unlink(missing_ok=True)  # opening it made a new one
+                else:
+                    self._read(self._file)
+                    self._stack = opened.pop_all()  # to be closed at the end, or at once where anything fails
         return self
 
     def __exit__(
@@ -157,35 +219,6 @@ def _number(line: bytes) -> int | None:
     except (ValueError, TypeError, KeyError):
         return None
     return number if isinstance(number, int) and number >= 0 else None
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_bytes())
-    except ValueError:
-        stored = None
-    if not isinstance(stored, dict):
-        raise InputError(f"{path} is not a JSON object; expected the settings of a run; move it and its file away")
-    return stored
-
-
-def _refuse_other(target: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    theirs, ours = dict(_leaves(there)), dict(_leaves(here))
-    fields = [name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
-    if fields:
-        shown = "; ".join(f"{name}: there {theirs.get(name)!r}, here {ours.get(name)!r}" for name in fields)
-        raise PlanMismatchError(
-            f"{target} holds another run, with {len(fields)} differing fields ({shown}); "
-            "choose another target, or give the same settings to continue that run"
-        )
-
-
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, item in value.items():
-        if isinstance(item, dict):
-            yield from _leaves(item, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", item
 
 
 def _beside(target: Path, ending: str) -> Path:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from extract.models import Model, ModelError, Params, Tap, check_taps, default_layers, load_model
 from extract.models.checkpoint import read_json
@@ -20,7 +20,8 @@ from extract.models.config import DecoderConfig
 from extract.models.decoder import Decoder
 from extract.models.families import family_of
 from extract.models.generate import generate
-from extract.models.model import FINAL
+from extract.models.kinds import shown
+from extract.models.model import FINAL, activation_name
 from extract.positions import HostOrDevice, Mask, real_tokens
 
 Activations = dict[str, Float[Array, "batch sequence hidden"]]
@@ -65,7 +66,7 @@ class HookedModel:
         """
         loaded = load_model(folder, dtype=dtype)
         ours, theirs = (dataclasses.asdict(config) for config in (self.config, loaded.config))
-        if other := [f"{name} {theirs[name]}, here {ours[name]}" for name in ours if ours[name] != theirs[name]]:
+        if other := [_difference(name, theirs[name], ours[name]) for name in ours if ours[name] != theirs[name]]:
             raise ModelError(
                 f"found weights of another model in {folder} ({'; '.join(other)}); expected the same config; "
                 "give create_model_with_hooks this folder"
@@ -174,10 +175,8 @@ def generate_with_layer_activations(
     for row, (prompt, tokens) in enumerate(zip(prompts, found.tokens, strict=True)):
         longer[row, width - len(prompt) :] = np.concatenate([prompt, tokens])
         mask[row, width - len(prompt) :] = 1
-    real = mask.astype(bool)
-    places = np.maximum(np.cumsum(real, axis=1) - 1, 0)
-    activations = loaded.activations(longer, segment_ids=mask, positions=places, layers=layers)
-    names = {tap: _name(tap, loaded.config) for tap in found.activations}
+    activations = loaded.activations(longer, segment_ids=mask, positions=_places(mask.astype(bool)), layers=layers)
+    names = {tap: activation_name(tap, loaded.config) for tap in found.activations}
     steps = [
         {
             "step": step,
@@ -198,15 +197,24 @@ def _apply(
     return_activations: bool,
 ) -> Float[Array, "batch sequence vocabulary"] | tuple[Float[Array, "batch sequence vocabulary"], Activations]:
     real = real_tokens(input_ids.shape, attention_mask)
-    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
     return model.apply(
-        model.params, input_ids, segment_ids=real.astype(np.int32), positions=positions, layers=layers,
+        model.params, input_ids, segment_ids=real.astype(np.int32), positions=_places(real), layers=layers,
         return_activations=return_activations,
     )  # fmt: skip
 
 
-def _name(tap: Tap, config: DecoderConfig) -> str:
-    return f"layer_{config.layers}_norm" if tap == FINAL else f"layer_{tap.layer}"
+def _difference(name: str, theirs: Any, ours: Any) -> str:
+    """What differs between two values of a configuration; of frequencies and windows of layers the first that do."""
+    if isinstance(theirs, tuple) and isinstance(ours, tuple) and len(theirs) == len(ours):
+        places = [place for place, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]]
+        more = f" and {len(places) - 1} more of {name}" if len(places) > 1 else ""
+        return _difference(f"{name}[{places[0]}]", theirs[places[0]], ours[places[0]]) + more
+    return f"{name} {shown(theirs)}, here {shown(ours)}"
+
+
+def _places(real: Bool[np.ndarray, "batch sequence"]) -> Int[np.ndarray, "batch sequence"]:
+    """The position of each real token in its row, from 0."""
+    return np.maximum(np.cumsum(real, axis=1) - 1, 0)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Models on a HuggingFace hub: fetched into the hub's own cache, found there without a network, named by commit."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,14 @@ from actstore.errors import InputError
 
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
+INDEX = "model.safetensors.index.json"
 WANTED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "model.safetensors.index.json", "*.safetensors",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", INDEX, "*.safetensors",
 )  # fmt: skip
 UNWANTED = ("*/*", "consolidated*")  # other formats, and the same weights once more under names that the index lacks
+
+SHARDS_SHOWN = 3
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,7 +46,7 @@ def hub_folder(name: str, *, progress: Progress | None = None) -> Path:
         progress: Called as `progress(label, bytes_done, bytes_total)` while files are fetched.
 
     Raises:
-        HubError: there is no such model or revision, it is gated, or neither hub nor cache has it.
+        HubError: there is no such model or revision, it is gated, or neither hub nor cache has it, or not all of it.
         InputError: `name` is not a name of the hub.
     """
     from huggingface_hub import constants, snapshot_download
@@ -58,6 +62,8 @@ def hub_folder(name: str, *, progress: Progress | None = None) -> Path:
     if found is None:
         raise InputError(f"{name!r} is no name of a hub; expected organisation/model or organisation/model@revision")
     model, revision = found["name"], found["revision"]
+    offline = constants.HF_HUB_OFFLINE
+    how = "without HF_HUB_OFFLINE" if offline else "with a network"
     # Its bases are the errors of the HTTP library of the day: requests, httpx, httpx2.
     failures: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
     try:
@@ -85,18 +91,25 @@ def hub_folder(name: str, *, progress: Progress | None = None) -> Path:
             f"the model {model} has no revision {revision!r}; give a branch, a tag or a commit that it has"
         ) from None
     except LocalEntryNotFoundError as error:
-        offline = constants.HF_HUB_OFFLINE
         why = "HF_HUB_OFFLINE is set" if offline else f"the hub does not answer ({_cause(error)})"
+        place = getattr(error, "snapshot_path", None)  # newer releases know what a whole copy has
+        gap = lacks(Path(place)) if place else None
         raise HubError(
-            f"there is no folder {name}, and no finished copy of that model in the hub's cache, and {why}; fetch it "
-            f"once {'without HF_HUB_OFFLINE' if offline else 'with a network'}, or give a folder"
+            f"there is no folder {name}, and no finished copy of that model in the hub's cache"
+            f"{f' (it {gap})' if gap else ''}, and {why}; fetch it once {how}, or give a folder"
         ) from None
     except failures as error:
         raise HubError(
             f"the model {model} could not be fetched ({_cause(error)}); expected the hub to serve it; run the same "
             "command again, it continues"
         ) from None
-    if not any(folder.glob("*.safetensors")):
+    gap = lacks(folder)
+    if gap and (offline or (folder / INDEX).is_file()):
+        raise HubError(
+            f"the copy of {model} in the hub's cache is half there: it {gap}; expected all of the model; give that "
+            f"name {how}, which fetches the rest{'' if offline else ', or another revision if the hub lacks it too'}"
+        )
+    if gap:
         raise HubError(
             f"the model {model} has no safetensors at revision {folder.name}; expected model.safetensors or its "
             "shards: pickled weights are never read; give another revision or model"
@@ -110,6 +123,24 @@ def hub_identity(folder: Path) -> tuple[str, str] | None:
     if found is None:
         return None
     return "/".join(filter(None, found.group("organisation", "name"))), found["commit"]
+
+
+def lacks(folder: Path) -> str | None:
+    """What a model's folder lacks of its weights, as the end of a sentence; None if it has some, and all of its index.
+
+    An index that cannot be read names nothing: the loader refuses it.
+    """
+    try:
+        named = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        named = set[str]()
+    if missing := sorted(shard for shard in map(str, named) if not (folder / shard).is_file()):
+        some = ", ".join(missing[:SHARDS_SHOWN]) + (", ..." if len(missing) > SHARDS_SHOWN else "")
+        return f"lacks {len(missing)} of the {len(named)} shards that {INDEX} names ({some})"
+    there = sorted(path.name for path in folder.glob("*"))  # it need not be there
+    if any(name.endswith(".safetensors") for name in there):
+        return None
+    return f"has {', '.join(there) or 'nothing'}, and no safetensors"
 
 
 def _reporter(label: str, progress: Progress | None) -> type[Any]:

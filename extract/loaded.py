@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actstore.errors import InputError
-from extract.hub import hub_identity, is_hub_name
+from extract.hub import hub_identity, is_hub_name, lacks
 from extract.mesh import default_mesh, local_devices, make_mesh
 from extract.models.errors import ModelError
 
@@ -92,7 +92,12 @@ def check_batch(model: "Model", batch: int) -> None:
 
 
 def _hint(folder: str) -> str:
-    """What to do about a folder that is not there because it is the name of a model."""
-    if Path(folder).exists() or not is_hub_name(folder):
+    """What to do about a folder that is not there because it is the name of a model, or that is half a copy of one."""
+    path = Path(folder)
+    if not path.exists():
+        return f"; if it is a model of a hub, give model_folder({folder!r})" if is_hub_name(folder) else ""
+    known = hub_identity(path)
+    if known is None or not path.is_dir() or not (gap := lacks(path)):
         return ""
-    return f"; if it is a model of a hub, give model_folder({folder!r})"
+    name = "@".join(known)
+    return f"; this copy in the hub's cache {gap}: model_folder({name!r}) fetches the rest, with a network"

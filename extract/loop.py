@@ -4,33 +4,37 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Shaped
 
+from actstore.errors import StoppedError
 from actstore.generations import added_sites
 from actstore.kvstore import Root
-from actstore.ledger import is_sealed, seal
+from actstore.ledger import has_table, is_sealed
 from actstore.moments import as_stored
 from actstore.schema import Marker
 from actstore.table import write_table
 from actstore.writer import BLOCKS_IN_FLIGHT, Writer
+from extract.dealing import PATIENCE_SECONDS, Dealer
+from extract.mesh import Group, lost_members
 from extract.packing import Contexts
 from extract.plan import ExtractPlan
-
-if TYPE_CHECKING:
-    import jax
-
-Rows = dict[str, Shaped[np.ndarray, "layer row width"]]
+from extract.ranks import Rank
+from extract.stages import Stages
+from extract.steps import Rows, agreed_blocks, forward_steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands. Blocks are those of the whole store; samples, bytes and seconds those of this process."""
+    """Where a run stands.
+
+    Blocks and `samples_left` are of the whole store, as far as this process knows: what other workers commit is looked
+    up every 10 seconds by worker 0. Samples, bytes and seconds are those of this process.
+    """
 
     blocks: int
     blocks_before: int
@@ -39,23 +43,50 @@ class Progress:
     samples_computed: int
     bytes_written: int
     seconds: float
+    rank: int = 0
+    workers: int = 1
+    seconds_for_storage: float = 0.0
+    """Of waiting until the storage has taken what was computed before: the device has nothing to do meanwhile."""
+    seconds_for_device: float = 0.0
+    """Of waiting for rows."""
+    seconds_for_host: float = 0.0
+    """Of making inputs and copying rows into blocks, while the device computes."""
 
     @property
     def tokens_per_second(self) -> float:
         """Samples computed by this process per second, compilation included."""
         return self.samples_computed / max(self.seconds, 1e-9)
 
+    @property
+    def limit(self) -> str:
+        """What the run waits for most: `storage`, `device` or `host`."""
+        return max(("storage", "device", "host"), key=lambda stage: getattr(self, f"seconds_for_{stage}"))
 
-def run(plan: ExtractPlan, url: str, *, progress: Callable[[Progress], None] | None = None) -> Progress:
+
+def run(
+    plan: ExtractPlan,
+    url: str,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    rank: Rank | None = None,
+    patience: float = PATIENCE_SECONDS,
+    stopping: Callable[[], str | None] = lambda: None,
+) -> Progress:
     """Computes and writes every block of `plan` that the store at `url` lacks, then seals it.
 
-    Stopping it in any way and calling it again continues: committed blocks are never computed again, and the finished
-    store has the same bytes. A finished store is left alone.
+    Any number of processes may do so at once, on any hosts that see the store: they share the blocks out among them and
+    all return when the store is complete. Stopping them in any way and calling it again, with any number, continues:
+    committed blocks are never computed again, and the finished store has the same bytes. A finished store is left
+    alone.
 
     Args:
-        plan: from `make_plan`.
+        plan: from `make_plan`; the same in every process.
         url: a path that ends in `.acts.zarr`.
         progress: called after every step and block.
+        rank: which worker this is; None is worker 0 of 1, or what `jax.distributed` says where processes joined.
+        patience: seconds that another worker may take for a block before this one computes it too.
+        stopping: says why to stop, asked at every step: what was handed to the writer is committed, then `StoppedError`
+            is raised, in all processes that compute one model together.
 
     Returns:
         The last progress.
@@ -63,106 +94,127 @@ def run(plan: ExtractPlan, url: str, *, progress: Callable[[Progress], None] | N
     Raises:
         PlanMismatchError: `url` holds another run; the differing fields are named.
         StorageFullError: there is not enough space for what is missing; checked before anything is written.
+        StoppedError: `stopping` said so.
+        WorkerLostError: another process that computes the same copy of the model ended.
     """
-    root = Root.of(url)
+    root, group = Root.of(url), Group.of(plan.model.mesh)
     if is_sealed(root, plan.store):
         blocks = len(plan.store.blocks)
         return _report(progress, Progress(blocks, blocks, 0, 0, 0, 0, 0.0))
+    if group.groups * group.members > 1 or rank is None:
+        rank = Rank(group.number, group.groups, "jax.distributed")
     with Writer(root, plan.store, seal=False, assets=plan.assets) as writer:
-        if plan.documents is not None:
+        first = rank.rank == 0 and group.member == 0
+        if plan.documents is not None and first:
             write_table(root, plan.store, plan.documents)
-        state = _compute(plan, writer, progress)
-    seal(root, plan.store)
-    return _report(progress, state)
+        dealer = Dealer(root, plan.store, rank=rank, patience=patience)
+        try:
+            with lost_members(group):
+                state = _Run(plan, writer, dealer, rank, group, progress, stopping).compute()
+        except BaseException:
+            dealer.give_back()
+            raise
+
+    def complete() -> None:
+        if plan.documents is not None and not has_table(root, plan.store):
+            write_table(root, plan.store, plan.documents)
+
+    def waiting() -> None:
+        _report(progress, state)
+        if reason := stopping():
+            raise StoppedError(reason)
+
+    dealer.finish(complete, waiting)
+    return _report(progress, dataclasses.replace(state, samples_left=0))
 
 
-def _compute(plan: ExtractPlan, writer: Writer, progress: Callable[[Progress], None] | None) -> Progress:
-    """All missing blocks, in order. One buffer is filled while others are written."""
-    missing = deque(writer.missing())
-    ranges = {block: plan.store.block_range(block) for block in missing}
-    sizes = {block: stop - start for block, (start, stop) in ranges.items()}
-    sample_bytes = sum(site.sample_bytes for site in added_sites(plan.store))
-    blocks = len(plan.store.blocks)
-    state = Progress(
-        blocks=blocks, blocks_before=blocks - len(missing), blocks_computed=0,
-        samples_left=sum(sizes.values()), samples_computed=0, bytes_written=0, seconds=0.0,
-    )  # fmt: skip
-    started = time.perf_counter()
-    buffers = itertools.cycle([_Buffer(plan) for _ in range(min(BLOCKS_IN_FLIGHT + 1, len(missing)))])
-    buffer = None
-    with contextlib.closing(forward_steps(plan, list(missing))) as steps:
-        for first, rows, contexts in steps:
-            while missing and ranges[missing[0]][0] < first + len(contexts.documents):
-                block = missing[0]
-                buffer = buffer or next(buffers).begin(*ranges[block])
-                filled = buffer.fill(first, rows, contexts)
-                state = dataclasses.replace(
-                    state, samples_computed=state.samples_computed + filled, samples_left=state.samples_left - filled,
-                    seconds=time.perf_counter() - started,
-                )  # fmt: skip
-                if not buffer.full:
-                    break  # the rest of this block is in later steps
-                buffer.commit = writer.write(missing.popleft(), buffer.activations(), samples=buffer.columns())
-                buffer = None
-                state = dataclasses.replace(
-                    state, blocks_computed=state.blocks_computed + 1,
-                    bytes_written=state.bytes_written + sizes[block] * sample_bytes,
-                )  # fmt: skip
-            _report(progress, state)
-    writer.close()
-    return dataclasses.replace(state, seconds=time.perf_counter() - started)
+class _Run:
+    """One worker's part of a run."""
 
+    def __init__(
+        self,
+        plan: ExtractPlan,
+        writer: Writer,
+        dealer: Dealer,
+        rank: Rank,
+        group: Group,
+        progress: Callable[[Progress], None] | None,
+        stopping: Callable[[], str | None],
+    ) -> None:
+        self._plan, self._writer, self._dealer, self._group = plan, writer, dealer, group
+        self._progress, self._stopping = progress, stopping
+        self._first = rank.rank == 0 and group.member == 0
+        self._stages, self._started = Stages(), time.perf_counter()
+        sites = added_sites(plan.store)
+        self._sample_bytes = sum(site.sample_bytes for site in sites)
+        self._in_hand: dict[int, int] = {}  # samples that were computed, by block, until that is committed
+        self._state = Progress(
+            blocks=len(plan.store.blocks), blocks_before=len(dealer.committed), blocks_computed=0,
+            samples_left=0, samples_computed=0, bytes_written=0, seconds=0.0, rank=rank.rank, workers=rank.workers,
+        )  # fmt: skip
 
-def forward_steps(plan: ExtractPlan, blocks: list[int]) -> Generator[tuple[int, Rows, Contexts], None, None]:
-    """(first sample, rows, contexts) of every step that holds samples of `blocks`, in order, each computed once.
+    def compute(self) -> Progress:
+        """Computes what the dealer deals. One buffer is filled while others are written."""
+        plan, group = self._plan, self._group
+        buffers = itertools.cycle([_Buffer(plan) for _ in range(min(BLOCKS_IN_FLIGHT + 1, len(plan.store.blocks)))])
+        buffer = None
+        blocks = agreed_blocks(self._dealer, group)
+        with contextlib.closing(
+            forward_steps(plan, blocks, group=group, keeps=self._keeps, stopping=self._stopping, stages=self._stages)
+        ) as steps:
+            for step in steps:
+                if step is not None and step.rows is not None:
+                    if buffer is None:
+                        with self._stages.on("storage"):
+                            buffer = next(buffers).begin(*plan.store.block_range(step.block))
+                    with self._stages.on("host"):
+                        filled = buffer.fill(step.first, step.rows, step.contexts)
+                    self._add(samples_computed=filled)
+                    self._in_hand[step.block] = self._in_hand.get(step.block, 0) + filled
+                    if buffer.full:
+                        self._write(step.block, buffer)
+                        buffer = None
+                self._show()
+        self._writer.close()
+        self._show()
+        return self._state
 
-    A step is a fixed set of contexts, so a row has the same bits whichever block asks for it. Each step is dispatched
-    before the rows of the one before are copied, so that the device does not wait for the host.
-    """
-    import jax
-    import jax.numpy as jnp
+    def _keeps(self, block: int) -> bool:
+        """Whether this member of the group writes a block: they take turns."""
+        return block % self._group.members == self._group.member
 
-    from extract.forward import make_forward
+    def _write(self, block: int, buffer: "_Buffer") -> None:
+        """Hands a full block to the writer."""
+        dealer = self._dealer
+        if not dealer.wanted(block):
+            return
+        with self._stages.on("storage"):
+            commit = self._writer.write(block, buffer.activations(), samples=buffer.columns())
+        commit.add_done_callback(
+            lambda done: dealer.release(block, committed=not done.cancelled() and done.exception() is None)
+        )
+        buffer.commit = commit
+        start, stop = self._plan.store.block_range(block)
+        self._add(blocks_computed=1, bytes_written=(stop - start) * self._sample_bytes)
 
-    edges = plan.step_edges()
-    dtype = plan.store.layout.sites[0].dtype
-    forward = make_forward(plan.model, plan.taps, dtype="float32" if dtype == "float16" else dtype)
-    places = int(np.diff(edges).max())
+    def _add(self, **more: int) -> None:
+        self._state = dataclasses.replace(
+            self._state, **{name: getattr(self._state, name) + value for name, value in more.items()}
+        )
 
-    def dispatch(step: int) -> "tuple[int, dict[str, jax.Array], Contexts]":
-        contexts = plan.contexts(step)
-        kept = np.zeros(places, np.int32)
-        kept[: len(contexts.documents)] = np.flatnonzero(contexts.filled)
-        inputs = map(jnp.asarray, (contexts.token_ids, contexts.segment_ids, contexts.positions, kept))
-        return int(edges[step]), forward(plan.model.params, *inputs), contexts
-
-    ahead: deque[tuple[int, dict[str, jax.Array], Contexts]] = deque()
-    try:
-        for step in _steps_of(plan, blocks, edges):
-            ahead.append(dispatch(step))
-            if len(ahead) > 1:
-                yield _on_host(*ahead.popleft())
-        while ahead:
-            yield _on_host(*ahead.popleft())
-    finally:  # of a run that is stopped: a process that ends while the device computes may crash
-        for _, arrays, _ in ahead:
-            jax.block_until_ready(arrays)  # type: ignore[no-untyped-call]
-
-
-def _steps_of(plan: ExtractPlan, blocks: list[int], edges: Int64[np.ndarray, " step_edge"]) -> list[int]:
-    """The steps that hold samples of the blocks, ascending."""
-    ranges = [plan.store.block_range(block) for block in blocks]
-    spans = [
-        range(int(np.searchsorted(edges, start, side="right")) - 1, int(np.searchsorted(edges, stop, side="left")))
-        for start, stop in ranges
-    ]
-    return sorted({step for span in spans for step in span})
-
-
-def _on_host(first: int, arrays: "dict[str, jax.Array]", contexts: Contexts) -> tuple[int, Rows, Contexts]:
-    """Waits for the rows of a step and drops the places that hold none."""
-    count = len(contexts.documents)
-    return first, {site: np.asarray(rows)[:, :count] for site, rows in arrays.items()}, contexts
+    def _show(self) -> None:
+        """Reports where the run stands."""
+        if self._first:
+            self._dealer.refresh()
+        seconds, committed = self._stages.seconds, self._dealer.committed
+        self._in_hand = {block: count for block, count in self._in_hand.items() if block not in committed}
+        left = self._dealer.samples_left - sum(self._in_hand.values())
+        self._state = dataclasses.replace(
+            self._state, seconds=time.perf_counter() - self._started, samples_left=left,
+            seconds_for_storage=seconds["storage"], seconds_for_device=seconds["device"],
+            seconds_for_host=seconds["host"],
+        )  # fmt: skip
+        _report(self._progress, self._state)
 
 
 class _Buffer:
@@ -198,7 +250,7 @@ class _Buffer:
         for site, values in rows.items():
             buffer = self._sites[site]
             buffer[:, target] = as_stored(values[:, source], buffer.dtype.name, what=f"site {site!r}")
-        tokens = contexts.token_ids[contexts.filled]
+        tokens = contexts.token_ids[contexts.kept]
         known = {"document": contexts.documents, "position": contexts.document_positions, "token_id": tokens}
         for name, column in self._columns.items():
             column[target] = known[name][source]

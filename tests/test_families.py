@@ -1,5 +1,6 @@
 """What a family refuses, and what it reads from a folder: keys, ropes, names and shapes of tensors. Needs no torch."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from extract.models import Model, ModelError, Tap, load_model
 from extract.models.config import DecoderConfig
 from extract.models.decoder import Decoder
 from extract.models.families import FAMILIES
-from extract.models.reading import ONLY_VALUES
+from extract.models.reading import KINDS, ONLY_VALUES
 
 GOLDEN = Path(__file__).parent / "golden_models"
 MODELS = Path(extract.__path__[0]) / "models"
@@ -153,6 +154,84 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         "found rope parameters beta_fast of type 'linear'; expected only rope_type, rope_theta, factor; use a check",
     ),
     "no object": ("llama", {"rope_scaling": "linear"}, "found rope parameters 'linear'; expected an object"),
+    "a word for false": (
+        "llama",
+        {"tie_word_embeddings": "false"},
+        "found tie_word_embeddings 'false'; expected true or false; correct config.json",
+    ),
+    "one for true": ("llama", {"attention_bias": 1}, "found attention_bias 1; expected true or false; correct config"),
+    "list for a switch": ("llama", {"mlp_bias": []}, "found mlp_bias []; expected true or false; correct config.json"),
+    "null in a string": (
+        "qwen2_sliding_from_layer_1",
+        {"use_sliding_window": "null"},
+        "found use_sliding_window 'null'; expected true or false",
+    ),
+    "switch of gpt2": ("gpt2", {"scale_attn_weights": "no"}, "found scale_attn_weights 'no'; expected true or false"),
+    "another of gpt2": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": 0},
+        "found scale_attn_by_inverse_layer_idx 0; expected true or false",
+    ),
+    "a list of activations": (
+        "gpt2",
+        {"activation_function": ["gelu"]},
+        "found activation_function ['gelu']; expected",
+    ),
+    "first window": (
+        "qwen2_sliding_from_layer_1",
+        {"max_window_layers": "x"},
+        "found max_window_layers 'x'; expected a whole number, 0 or more; correct config.json",
+    ),
+    "first window below": (
+        "qwen3",
+        {"max_window_layers": -1},
+        "found max_window_layers -1; expected a whole number, 0",
+    ),
+    "a word for types": (
+        "gemma2",
+        {"layer_types": "full_attention"},
+        "found layer_types 'full_attention'; expected a list of strings; correct config.json",
+    ),
+    "lists for types": ("qwen2", {"layer_types": [["full_attention"]]}, "found layer_types [['full_attention']]; exp"),
+    "no types": ("gemma2", {"layer_types": []}, "found layer_types with 0 entries; expected 2 entries"),
+    "no types of gemma3": ("gemma3_plain", {"layer_types": []}, "found layer_types with 0 entries; expected 3 entries"),
+    "infinite": ("llama", {"rms_norm_eps": float("inf")}, "found rms_norm_eps inf; expected a positive number"),
+    "too large": ("llama", {"rms_norm_eps": 10**400}, "; expected a positive number; correct config.json"),
+    "zero for false": ("qwen2", {"use_mrope": 0}, "found use_mrope 0; expected False; use a checkpoint without it"),
+    "true for one": ("qwen2", {"partial_rotary_factor": True}, "found partial_rotary_factor True; expected 1.0"),
+    "a word for theta": ("llama", {"rope_theta": "1e6"}, "found rope_theta '1e6'; expected a positive number; correct"),
+    "true for theta": (
+        "llama_yarn_v5",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": True}},
+        "found rope_theta True; expected a positive number; correct config.json",
+    ),
+    "local theta": (
+        "gemma3_v4",
+        {"rope_local_base_freq": "1e3"},
+        "found rope_local_base_freq '1e3'; expected a positive number; correct config.json",
+    ),
+    "list of ropes": (
+        "gemma3_plain",
+        {"rope_parameters": ["full_attention"]},
+        "expected one for full_attention and one for sliding_attention; correct config.json",
+    ),
+    "rope in a rope": (
+        "gemma3_plain",
+        {"rope_parameters": {"full_attention": "linear"}},
+        "found rope parameters 'linear'; expected an object; correct config.json",
+    ),
+    "number for a rope": ("llama", {"rope_scaling": {"type": 3, "rope_type": "yarn"}}, "found rope type 'yarn', 3; ex"),
+    "list for a rope": ("llama", {"rope_scaling": {"type": ["yarn"]}}, "found rope type ['yarn']; expected one of"),
+    "switch of a rope": (
+        "qwen2_yarn_v4",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": "false"}},
+        "found rope parameter truncate 'false'; expected true or false; correct config.json",
+    ),
+    "length on top": (
+        "llama3_rope_with_its_length_on_top",
+        {"original_max_position_embeddings": "x"},
+        "found original_max_position_embeddings 'x'; expected a positive number; correct config.json",
+    ),
     "part of a head": (
         "llama",
         {"rope_parameters": {"partial_rotary_factor": 0.5}},
@@ -169,12 +248,61 @@ def test_what_cannot_be_computed_is_refused(name, changes, message):
 
 def test_all_problems_are_in_one_message():
     with pytest.raises(ModelError) as caught:
-        read("llama", hidden_act="relu", quantization_config={}, rope_scaling={"type": "su"}, num_key_value_heads=3)
+        read(
+            "llama",
+            hidden_act="relu",
+            quantization_config={"bits": 4},
+            rope_scaling={"type": "su"},
+            num_key_value_heads=3,
+        )
     first, *problems = str(caught.value).splitlines()
     assert first == "this llama config.json cannot be computed here:"
     assert [re.match(r"found (\w+ ?\w*)", problem)[1] for problem in problems] == [
         "quantization_config ", "hidden_act ", "num_attention_heads 4", "rope type",
     ]  # fmt: skip
+
+
+def test_all_values_of_a_wrong_kind_are_in_one_message():
+    with pytest.raises(ModelError) as caught:
+        read("llama", tie_word_embeddings="no", max_window_layers=-1, rope_theta="x", layer_types=3, hidden_act="relu")
+    found = [re.match(r"found (\w+) ", problem)[1] for problem in str(caught.value).splitlines()[1:]]
+    assert sorted(found) == ["hidden_act", "layer_types", "max_window_layers", "rope_theta", "tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "auto_map"])
+def test_an_empty_object_is_as_if_such_a_key_were_absent(key):
+    assert read("llama", **{key: {}}) == read("llama")
+
+
+def test_a_quantised_model_is_told_what_to_use_and_not_shown_all_of_it():
+    modules = {f"key{number}": [f"model.layers.{number}"] * 50 for number in range(50)}
+    with pytest.raises(ModelError) as caught:
+        read("llama", quantization_config={"bits": 4} | modules)
+    (problem,) = str(caught.value).splitlines()[1:]
+    assert problem.startswith("found quantization_config {'bits': 4, ")
+    assert problem.endswith(
+        "; expected no such key; use a checkpoint that is not quantised: float32, float16 or bfloat16"
+    )
+    assert len(problem) < 700
+
+
+ROPES_READ = {"rope_parameters", "rope_scaling"}  # checked by `rope_scaling`, parameter by parameter
+
+
+def without_a_kind(source: str) -> set[str]:
+    """Keys that some source reads from a configuration, and of which nobody says what they must be."""
+    only = {*ONLY_VALUES, *(key for family in FAMILIES.values() for key in family.only_values)}
+    return set(re.findall(r'\braw(?:\.get\(|\[)"(\w+)"', source)) - {*KINDS, *only, *ROPES_READ}
+
+
+@pytest.mark.parametrize("module", ["reading", "rope_scaling", *FAMILIES])
+def test_every_key_that_is_read_has_a_kind(module):
+    assert without_a_kind((MODELS / f"{module.removesuffix('_text')}.py").read_text()) == set()
+
+
+def test_meta_a_key_without_a_kind_is_found():
+    assert without_a_kind('raw["vocab_size"], raw["new"], raw.get("newer", 3)') == {"new", "newer"}
+    assert re.search(r'raw(?:\.get\(|\[)"', (MODELS / "reading.py").read_text())
 
 
 def test_gemma_3_with_images_is_told_what_to_do(tmp_path):
@@ -190,6 +318,28 @@ def test_yarn_takes_the_factor_that_is_said_and_not_the_ratio_of_lengths():
     explicit = read("llama_yarn_v5")
     assert explicit.max_positions / 128 == 4.0
     assert read("llama_yarn_v5", max_position_embeddings=128).rope == explicit.rope
+
+
+STRETCHED = {
+    "as they were": ({"max_position_embeddings": 32}, 128),
+    "said by both": ({"max_position_embeddings": 128}, 128),
+    "said to be more": ({"max_position_embeddings": 200}, 200),
+    "on top": ({"max_position_embeddings": 32, "original_max_position_embeddings": 40}, 160),
+    "not said": ({"max_position_embeddings": 32, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 32),
+    "another rope": ({"max_position_embeddings": 32, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 32),
+}
+
+
+@pytest.mark.parametrize(("changes", "longest"), STRETCHED.values(), ids=STRETCHED)
+def test_yarn_is_for_its_factor_times_the_original_length(changes, longest):
+    yarn = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
+    assert read("llama", **{"rope_theta": None} | yarn | changes).longest == longest
+
+
+def test_the_length_that_yarn_is_for_has_no_part_in_the_digest():
+    config = read("llama_yarn_v5", max_position_embeddings=32)
+    assert config.stretched_positions == 512
+    assert dataclasses.replace(config, stretched_positions=None).digest() == config.digest()
 
 
 def test_dynamic_frequencies_end_with_the_longest_sequence():
@@ -310,7 +460,7 @@ def test_ropes_that_the_reference_reads_are_read(changes):
 
 WRONG_ROPES = {
     "negative": ({"rope_theta": -1.0}, "found rope_theta -1.0; expected a positive number"),
-    "zero": ({"rope_scaling": {"rope_type": "default", "rope_theta": 0}}, "found rope_theta 0.0; expected a positive"),
+    "zero": ({"rope_scaling": {"rope_type": "default", "rope_theta": 0}}, "found rope_theta 0; expected a positive"),
     "no band": (
         {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}},
         "found low_freq_factor 1.0 and high_freq_factor 1.0; expected the first to be the smaller",

@@ -96,6 +96,9 @@ LIVELY = {"initializer_range": 0.1, "tie_word_embeddings": False}
 FAMILIES = {
     "qwen3": family_configs.QWEN3 | LIVELY,
     "llama3": family_configs.LLAMA | LLAMA3,
+    "yarn beyond the length that is said": family_configs.QWEN2
+    | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
+    | {"max_position_embeddings": 32, **LIVELY},
     "mistral, a window": family_configs.MISTRAL | {"sliding_window": 7},
     "gemma": family_configs.GEMMA | LIVELY,
     "gemma2, soft caps and windows": family_configs.GEMMA2

@@ -156,6 +156,31 @@ def test_weights_of_another_model() -> None:
         extract.create_model_with_hooks(other).load(TINY)
 
 
+DIFFERENCES = {
+    "frequencies": (
+        {"rope_theta": 500_000.0},
+        r"\(rope_frequencies\[1\] 0\.[0-9]+, here 0\.[0-9]+ and 14 more of rope_frequencies\)",
+    ),
+    "one number": ({"rms_norm_eps": 1e-5}, r"\(norm_epsilon 1e-06, here 1e-05\)"),
+    "another count": (
+        {"num_hidden_layers": 2},
+        r"\(layers 4, here 2; windows \(None, None, None, None\), here \(None, None\)\)",
+    ),
+    "many layers": (
+        {"num_hidden_layers": 40},
+        r"here 40; windows .*, here \(None, None, None, None, None, None, \.\.\.\)\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "difference"), DIFFERENCES.values(), ids=DIFFERENCES)
+def test_what_differs_is_said_in_few_words(changes: dict, difference: str) -> None:
+    other = json.loads((TINY / "config.json").read_text()) | changes
+    with pytest.raises(ModelError, match=difference) as caught:
+        extract.create_model_with_hooks(other).load(TINY)
+    assert len(str(caught.value).replace(str(TINY), "")) < 300
+
+
 def test_tokens_of_another_model(model: Any) -> None:
     with pytest.raises(ModelError, match="found token 1024; expected 0 to 1023; use the tokenizer of this model"):
         model.init(jax.random.key(0), np.array([[1024]]))

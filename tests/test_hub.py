@@ -1,6 +1,8 @@
 """Models by the name of a hub, fetched from a real server on this machine, and found in the cache without it."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,14 +12,15 @@ from typing import NamedTuple
 
 import pytest
 from hub_server import TOKEN, Hub, Repository, running_hub
+from safetensors.numpy import load_file, save_file
 
 import extract
-from extract.hub import hub_identity, is_hub_name
+from extract.hub import INDEX, hub_identity, is_hub_name
 
 ROOT = Path(extract.__path__[0]).parent
 TINY = ROOT / "extract" / "demo" / "tiny-qwen2"
 COMMIT, OTHER = "a" * 40, "b" * 40
-NEEDED = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+NEEDED = {"chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 FETCH = """
 import sys
@@ -40,21 +43,38 @@ class Served(NamedTuple):
     folder: Path
 
 
+def write_shards(folder: Path) -> Path:
+    """The tiny model in two shards and an index."""
+    shutil.copytree(TINY, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == shard}, folder / shard)
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("repositories")
     full = folder / "full"
     shutil.copytree(TINY, full)
+    (full / "chat_template.jinja").write_text("{{ messages }}")
     (full / "onnx").mkdir()
     for unwanted in ("pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors", "onnx/model.safetensors"):
         (full / unwanted).write_bytes(b"never fetched")
     pickled = folder / "pickled"
     pickled.mkdir()
     (pickled / "pytorch_model.bin").write_bytes(b"never fetched")
+    sharded, short = write_shards(folder / "sharded"), write_shards(folder / "short")
+    (short / "part-1.safetensors").unlink()
     repositories = {
         "org/tiny": Repository(full, COMMIT),
         "org/gated": Repository(full, OTHER, gated=True),
         "org/pickled": Repository(pickled, OTHER),
+        "org/sharded": Repository(sharded, COMMIT),
+        "org/short": Repository(short, COMMIT),
         "org/cut": Repository(full, OTHER, cut="model.safetensors"),
     }
     with running_hub(repositories) as hub:
@@ -94,7 +114,7 @@ def snapshot(home: Path) -> Path:
 def test_a_model_is_fetched_without_code_and_without_pickles(served, home):
     assert {path.name for path in snapshot(home).rglob("*")} == NEEDED
     for name in NEEDED:
-        assert (snapshot(home) / name).read_bytes() == (TINY / name).read_bytes()
+        assert (snapshot(home) / name).read_bytes() == (served.folder / "full" / name).read_bytes()
     got = {request.split("/")[-1] for request in served.hub.requests if "resolve" in request}
     assert got == NEEDED
 
@@ -141,6 +161,65 @@ def test_neither_hub_nor_copy(served, tmp_path):
     assert line.endswith("Connection refused); fetch it once with a network, or give a folder")
     (line,) = fetch(tmp_path, served.hub.endpoint, "org/tiny", HF_HUB_OFFLINE="1")
     assert line.endswith("and HF_HUB_OFFLINE is set; fetch it once without HF_HUB_OFFLINE, or give a folder")
+
+
+# --- copies of which a part is there ---
+
+LACKS = f"lacks 1 of the 2 shards that {INDEX} names (part-1.safetensors)"
+ANOTHER = "or another revision if the hub lacks it too"
+
+
+@pytest.fixture
+def half(served, tmp_path) -> Path:
+    """A cache with a half of `org/sharded`, as a library leaves it that fetches files one by one; and its snapshot."""
+    fetch(tmp_path, served.hub.endpoint, "org/sharded")
+    copy = tmp_path / "hub" / "models--org--sharded"
+    (copy / "snapshots" / COMMIT / "part-1.safetensors").unlink()
+    shutil.rmtree(copy / "trees", ignore_errors=True)  # newer releases keep there what a whole copy has
+    return copy / "snapshots" / COMMIT
+
+
+def test_half_a_copy_is_named_and_fetched_to_its_end(served, half, tmp_path):
+    begin = f"the copy of org/sharded in the hub's cache is half there: it {LACKS}; expected all of the model; "
+    for name in ("org/sharded", f"org/sharded@{COMMIT}"):
+        (line,) = fetch(tmp_path, served.hub.endpoint, name, HF_HUB_OFFLINE="1")
+        assert line == begin + "give that name without HF_HUB_OFFLINE, which fetches the rest"
+    (line,) = fetch(tmp_path, "http://127.0.0.1:9", "org/sharded")
+    assert line == begin + "give that name with a network, which fetches the rest, " + ANOTHER
+    assert fetch(tmp_path, served.hub.endpoint, "org/sharded") == [str(half)]
+    assert fetch(tmp_path, served.hub.endpoint, "org/sharded", HF_HUB_OFFLINE="1") == [str(half)]
+
+
+def test_half_a_copy_of_which_the_library_knows_the_whole(served, tmp_path):
+    fetch(tmp_path, served.hub.endpoint, "org/sharded")
+    snapshot = tmp_path / "hub" / "models--org--sharded" / "snapshots" / COMMIT
+    (snapshot / "part-1.safetensors").unlink()
+    (line,) = fetch(tmp_path, served.hub.endpoint, "org/sharded", HF_HUB_OFFLINE="1")
+    assert f"it {LACKS}" in line
+    assert "in the hub's cache" in line
+    assert re.search("without HF_HUB_OFFLINE, (or give a folder|which fetches the rest)$", line)
+
+
+def test_a_copy_without_weights_is_half_a_copy(served, half, tmp_path):
+    for path in (*half.glob("*.safetensors"), half / INDEX):
+        path.unlink()
+    (line,) = fetch(tmp_path, served.hub.endpoint, "org/sharded", HF_HUB_OFFLINE="1")
+    assert "is half there: it has config.json, tokenizer.json, tokenizer_config.json, and no safetensors; " in line
+
+
+def test_a_hub_that_lacks_a_shard_itself(served, tmp_path):
+    (line,) = fetch(tmp_path, served.hub.endpoint, "org/short")
+    assert line.startswith(f"the copy of org/short in the hub's cache is half there: it {LACKS}; ")
+    assert line.endswith(ANOTHER)
+
+
+def test_the_folder_of_half_a_copy_says_what_fetches_the_rest(half):
+    with pytest.raises(
+        ValueError,
+        match=r"found shard 'part-1.safetensors' in .*; this copy in the hub's cache lacks 1 of the 2 shards that "
+        rf"{INDEX} names \(part-1.safetensors\): model_folder\('org/sharded@{COMMIT}'\) fetches the rest, with a net",
+    ):
+        extract.load_model(half)
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from batches_of_segments import relative_error
 
 import extract
 from actstore.errors import InputError
-from extract.documents import open_documents
 from extract.forward import make_forward
 from extract.loaded import load_model
 from extract.models import ModelError, Tap
@@ -21,6 +20,7 @@ from extract.models.attention import AttentionRule, attend
 from extract.models.families import family_of
 from extract.models.kernels import KERNELS, attend_cudnn, attend_splash, check_kernel, kernel_of
 from extract.plan import make_plan
+from extract.sources import open_documents
 
 TINY = Path(extract.__path__[0]) / "demo" / "tiny-qwen2"
 

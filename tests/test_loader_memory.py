@@ -9,6 +9,7 @@ import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
 import numpy as np
 import pytest
 from benchmarks.growth import sparse_store
+from watched import WATCH
 
 import actstore
 from actstore import Layout, Site
@@ -17,27 +18,13 @@ WINDOW, BATCH, ROOM = 48 << 20, 2048, 100_000_000
 SITES = (Site("resid_post", 1024, (0,)), Site("mlp_out", 1024, (0,)))
 LAYOUT = Layout(SITES, 60_000, 8192, 256, ())  # 123 MB a site: five half windows, seven of both sites
 
-READ = """
-import json, re, sys, threading, time
-from pathlib import Path
-
+READ = (
+    WATCH
+    + """
 import actstore
 
 url, settings, seconds, keep = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "keep"
-STATUS = Path("/proc/self/status")
-
-
-def anonymous():  # memory of its own; pages of mapped files are the page cache's, and are not counted here
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+) kB", STATUS.read_text())[1])
-
-
-def watch():
-    while not done:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.001)
-
-
-store, done, peak, kept = actstore.open(url), False, [0], []
+store, kept = actstore.open(url), []
 with store.batches(**settings | {"window_bytes": 1, "batch_size": 1}) as small:
     next(small)  # libraries, TensorStore's threads
 before = anonymous()
@@ -53,6 +40,7 @@ done = True
 watching.join()
 print(json.dumps({"batches": count, "peak": peak[0] - before}))
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,9 @@ def folder(tmp_path) -> Path:
     return target
 
 
+ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
 def edit_config(folder: Path, changes: dict[str, Any]) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -77,6 +80,26 @@ def test_shards_equal_a_single_file(tiny, folder):
     assert sharded.weights_digest == tiny.weights_digest
     for path, array in leaves(tiny).items():
         np.testing.assert_array_equal(leaves(sharded)[path], array)
+
+
+def test_an_index_may_list_buffers_that_no_shard_has(tiny, folder):
+    weight_map = shard(folder)
+    write_index(folder, weight_map | {ROTARY: "part-0.safetensors"} | {ROTARY.replace("0", "1"): "part-9.safetensors"})
+    assert load_model(folder).weights_digest == tiny.weights_digest
+
+
+def test_meta_a_buffer_of_another_name_that_no_shard_has_is_refused(folder):
+    write_index(folder, shard(folder) | {ROTARY + "x": "part-0.safetensors"})
+    with pytest.raises(ModelError, match=r"found 1 tensors that are not in the file .*inv_freqx\); expected index and"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("buffer", ["attn.bias", "attn.masked_bias"])
+def test_an_index_of_gpt2_may_list_its_masks(tmp_path, buffer):
+    golden = Path(__file__).parent / "golden_models" / "gpt2"
+    folder = Path(shutil.copytree(golden, tmp_path / "gpt2"))
+    write_index(folder, shard(folder) | {f"h.0.{buffer}": "part-0.safetensors"})
+    assert load_model(folder).weights_digest == load_model(golden).weights_digest
 
 
 def test_model_says_what_it_is(tiny):
@@ -271,6 +294,10 @@ WRONG_FOLDERS: dict[str, tuple[Any, str]] = {
     "wrong_index": (
         lambda folder: break_index(folder, {"extra": "part-0.safetensors"}),
         "found 1 tensors that are not in the file model.safetensors.index.json says (extra); expected index and",
+    ),
+    "numbers_for_files": (
+        lambda folder: break_index(folder, {UP: 3}),
+        "found model.safetensors.index.json without weight_map; expected tensor names with their files",
     ),
     "no_weight_map": (
         lambda folder: (shard(folder), (folder / "model.safetensors.index.json").write_text("{}")),

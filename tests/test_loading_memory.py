@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from watched import WATCH
 
 import extract
 
@@ -22,10 +23,9 @@ CONFIG = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 
-LOAD = """
-import json, re, sys, threading, time
-from pathlib import Path
-
+LOAD = (
+    WATCH
+    + """
 import jax
 
 import extract
@@ -34,24 +34,11 @@ from extract.mesh import make_mesh
 from extract.models import load_model
 
 folder, mesh, keep = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "keep"
-STATUS = Path("/proc/self/status")
-
-
-def anonymous():  # memory of its own; pages of mapped files are the page cache's, and are not counted here
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+) kB", STATUS.read_text())[1])
-
-
-def watch():
-    while not done:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.001)
-
-
 kept, read_part = [], loading.read_part
 if keep:
     loading.read_part = lambda *arguments, **options: kept.append(read_part(*arguments, **options)) or kept[-1]
 load_model(extract.model_folder("tiny-qwen2"), mesh=make_mesh(*mesh))  # libraries, threads
-done, peak, before = False, [0], anonymous()
+before = anonymous()
 watching = threading.Thread(target=watch, daemon=True)
 watching.start()
 model = load_model(folder, mesh=make_mesh(*mesh))
@@ -60,6 +47,7 @@ watching.join()
 held = sum(shard.data.nbytes for leaf in jax.tree.leaves(model.params) for shard in leaf.addressable_shards)
 print(json.dumps({"parameters": held, "peak": peak[0] - before}))
 """
+)
 
 
 def write_model(folder: Path) -> None:

@@ -93,3 +93,11 @@ def test_contexts_past_the_end_are_padding() -> None:
 def test_useful_share_on_lengths_like_docstrings() -> None:
     lengths = np.random.default_rng(0).lognormal(4.5, 1.0, 4000).astype(int).clip(1, 3000)
     assert pack(lengths, 256).useful_share > 0.98
+
+
+def test_the_longest_first_leave_less_padding_where_documents_are_about_as_long_as_contexts() -> None:
+    lengths = np.random.default_rng(0).lognormal(6.6, 0.7, 500).astype(int).clip(20, 3000)
+    found = pack(lengths, 3072, kind="best-fit-decreasing")
+    assert found.useful_share > 0.98
+    assert pack(lengths, 3072).useful_share < 0.98
+    assert sorted(found.piece_tokens.tolist()) == sorted(lengths.tolist())

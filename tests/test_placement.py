@@ -23,11 +23,11 @@ from actstore.errors import InputError
 from actstore.kvstore import Root
 from actstore.ledger import read_plan
 from actstore.verify import verify
-from extract.documents import open_documents
 from extract.mesh import default_mesh, make_mesh
 from extract.models import ModelError, load_model
 from extract.models.config import DecoderConfig
 from extract.models.placement import axes_of, check_mesh, meshes_that_fit, partition
+from extract.sources import open_documents
 
 ROOT = Path(actstore.__file__).parent.parent
 EIGHT = os.environ | {
@@ -282,9 +282,9 @@ def test_a_store_of_a_mesh_is_appended_to_on_one_device(on_mesh):
 
 @pytest.mark.parametrize("text", ["4", "4,2,1", "4x2", "-4,2", "a,b", ""])
 def test_a_mesh_that_is_not_two_numbers_is_refused(text):
-    from extract.cli import _mesh
+    from extract.options import mesh_sizes
 
     with pytest.raises(
         InputError, match=r"--mesh is .*; expected two whole numbers, DATA,MODEL, such as 4,2 for 8 dev"
     ):
-        _mesh(text)
+        mesh_sizes(text)

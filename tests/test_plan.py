@@ -1,6 +1,7 @@
 """Plans: what is refused before compute, and what the numbers say."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_settings_are_refused(model: Model, settings: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError, match=text):
         plan(model, **settings)
+
+
+def test_contexts_are_as_long_as_yarn_says(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "tiny"))
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    changes = {"max_position_embeddings": 64, "rope_scaling": yarn}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    stretched = extract.load_model(folder)
+    assert extract.make_plan(folder, DOCUMENTS, model=stretched, context=256).parts[0].packing.context == 256
+    with pytest.raises(InputError, match=r"context 257 does not fit: .* made for 1 to 256 tokens; use --context 256"):
+        extract.make_plan(folder, DOCUMENTS, model=stretched, context=257)
 
 
 ALL = ("embed", "resid_pre", "q", "k", "v", "attn_z", "attn_out", "resid_mid", "mlp_post", "mlp_out", "resid_post")

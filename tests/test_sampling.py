@@ -95,10 +95,23 @@ REFUSED = {
     "too much": ({"temperature": 1, "top_p": 1.5}, r"top_p is 1.5; expected more than 0 and at most 1"),
     "negative seed": ({"seed": -1}, r"seed is -1; expected 0 to 4294967295; choose one of these"),
     "without effect": ({"top_k": 5}, r"top_k or top_p is given with temperature 0; expected a temperature"),
+    "half a token": ({"temperature": 1, "top_k": 2.5}, r"^top_k is 2.5; expected a whole number; pass an int$"),
+    "true for one": ({"temperature": 1, "top_k": True}, r"^top_k is True; expected a whole number; pass an int$"),
+    "a word for heat": ({"temperature": "hot"}, r"^temperature is 'hot'; expected a number; pass an int or a float$"),
+    "no heat": ({"temperature": None}, r"^temperature is None; expected a number; pass an int or a float$"),
+    "a share in words": ({"temperature": 1, "top_p": "0.9"}, r"^top_p is '0.9'; expected a number; pass an int or a"),
+    "half a seed": ({"seed": 0.5}, r"^seed is 0.5; expected a whole number; pass an int$"),
+    "a seed of another library": (
+        {"seed": np.int64(3)},
+        r"^seed is np.int64\(3\); expected a whole number; pass an int$",
+    ),
+    "too hot": ({"temperature": 10**400}, r"^temperature is 1000.*; expected 0, which is greedy, or more"),
+    "all kinds together": ({"temperature": "1", "top_k": 2.5, "seed": "0"}, r"(?s)temperature is.*top_k is.*seed is"),
     "all together": ({"temperature": -1, "top_p": 2}, r"(?s)temperature is -1.*top_p is 2"),
 }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_wrong_settings_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ModelError, match=message):

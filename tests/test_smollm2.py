@@ -270,9 +270,7 @@ def test_a_damaged_cache_is_reported(tmp_path, wheel):
     (folder / "config.json").unlink()
     with pytest.raises(InputError) as caught:
         smollm2_folder(cache=tmp_path)
-    assert str(caught.value) == (
-        f"{folder} lacks config.json; expected the converted model. Remove the folder and run again."
-    )
+    assert str(caught.value) == (f"{folder} lacks config.json; expected the finished folder. Remove it and run again.")
 
 
 FETCH = """

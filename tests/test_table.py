@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import shutil
 
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,14 +28,6 @@ NO_TOKENS = {
 @pytest.fixture
 def stored(finished):
     return actstore.open(finished).documents
-
-
-@pytest.fixture
-def unchecked():
-    """Without the shape checks of the tests: what a user's wrong array meets."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_texts_and_columns_come_back(stored):
@@ -107,7 +98,7 @@ REFUSED = {
     "none": ({"ids": [], "texts": [], "columns": {}}, "documents: found none, expected at least one"),
     "texts": ({"texts": TEXTS[1:]}, "documents: texts has 4 values, expected 5, one per document"),
     "column length": ({"columns": {"a": [1]}}, "documents: a has 1 values, expected 5, one per document"),
-    "ids": ({"ids": ["a", "b", "a", "c", "d"]}, "documents: ids are not unique; give every document an id of its own"),
+    "ids": ({"ids": ["a", "b", "a", "c", "d"]}, "ids are not unique, 'a' is there twice; give every document"),
     "few offsets": ({"token_offsets": TABLE.token_offsets[:-1]}, "token_offsets has 5 values, [0] to [128], expected"),
     "no offsets": ({"token_offsets": np.zeros(0, np.int64)}, "token_offsets has 0 values, [] to [], expected 6"),
     "offsets end": ({"token_offsets": OFFSETS - LAST}, "[0] to [129], expected 6 that ascend"),

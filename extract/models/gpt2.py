@@ -16,7 +16,7 @@ def layers(raw: Raw) -> Fields:
         "output_bias": True,
         "mlp_bias": True,
         "gated": False,
-        "activation": ACTIVATIONS.get(raw["activation_function"]),
+        "activation": ACTIVATIONS.get(str(raw["activation_function"])),
         "attention_scales": tuple(scale / divisor for divisor in divisors),
     }
 

@@ -5,15 +5,14 @@ everywhere, so a plan says which kernel is used.
 """
 
 from functools import cache, partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from extract.models.attention import Attend, AttentionRule, attend
+from extract.models.attention import Attend, AttentionRule, Heads, KeyHeads, attend, visible
 from extract.models.config import DecoderConfig
 from extract.models.errors import ModelError
 from extract.models.placement import DATA, MODEL
@@ -23,9 +22,6 @@ KERNELS = {"chunked": "any device", "splash": "TPU", "cudnn": "GPU"}
 
 SPLASH_BLOCK = 128
 """Tokens of a block of the splash kernel, and what sequences are padded to a multiple of."""
-
-Heads: TypeAlias = Float[Array, "batch sequence head dim"]
-KeyHeads: TypeAlias = Float[Array, "batch sequence kv_head dim"]
 
 
 def check_kernel(name: str, *, platform: str, dtype: str, config: DecoderConfig | None = None, model: int = 1) -> None:
@@ -170,10 +166,8 @@ def attend_cudnn(
     """  # fmt: skip
     if rule.softcap is not None:
         raise ModelError("attention 'cudnn' computes no soft cap; use 'chunked'")
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    indices = np.arange(query.shape[1])
-    ahead = indices[:, None] - indices[None]
-    reach = (ahead >= 0) if rule.window is None else (ahead >= 0) & (ahead < rule.window)
+    indices = jnp.arange(query.shape[1])
+    mask = visible(indices, segment_ids, indices, segment_ids, window=rule.window)
     return jax.nn.dot_product_attention(
-        query, key, value, mask=same & reach, scale=rule.scale, implementation=implementation
+        query, key, value, mask=mask[:, None], scale=rule.scale, implementation=implementation
     )  # fmt: skip

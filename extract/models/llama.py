@@ -5,7 +5,7 @@ from extract.models.reading import Family, Fields, Raw, attention_bias, rope, sh
 
 def mlp_bias(raw: Raw) -> Fields:
     """The key `mlp_bias`: on all three matrices."""
-    return {"mlp_bias": bool(raw.get("mlp_bias"))}
+    return {"mlp_bias": raw.get("mlp_bias", False)}
 
 
 FAMILY = Family(

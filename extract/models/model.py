@@ -1,6 +1,7 @@
 """A loaded model: its shape, its parameters and its fingerprints."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -87,11 +88,8 @@ class Model:
             segment_ids = jnp.ones_like(input_ids)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        logits, final, *values = _run(self.graph, params, input_ids, segment_ids, positions, taps)
-        if not return_activations:
-            return logits
-        named = {f"layer_{layer}": value for layer, value in zip(chosen, values, strict=True)}
-        return logits, named | {f"layer_{self.config.layers}_norm": final}
+        logits, *values = _run(self.graph, params, input_ids, segment_ids, positions, taps)
+        return (logits, self._named(taps, values)) if return_activations else logits
 
     def activations(
         self,
@@ -111,9 +109,19 @@ class Model:
         """
         taps = tuple(Tap("resid_post", layer) for layer in layers)
         check_taps(self.config, taps)
-        final, *values = _run(self.graph, self.params, input_ids, segment_ids, positions, taps, logits=False)
-        named = {f"layer_{layer}": value for layer, value in zip(layers, values, strict=True)}
-        return named | {f"layer_{self.config.layers}_norm": final}
+        values = _run(self.graph, self.params, input_ids, segment_ids, positions, taps, logits=False)
+        return self._named(taps, values)
+
+    def _named(
+        self, taps: tuple[Tap, ...], values: Sequence[Float[Array, "batch sequence hidden"]]
+    ) -> dict[str, Float[Array, "batch sequence hidden"]]:
+        """Values at taps and, after them, at the final norm, by their names."""
+        return {activation_name(tap, self.config): value for tap, value in zip((*taps, FINAL), values, strict=True)}
+
+
+def activation_name(tap: Tap, config: DecoderConfig) -> str:
+    """Returns what a value is called: "layer_12" after layer 12, "layer_24_norm" after the norm of 24 layers."""
+    return f"layer_{config.layers}_norm" if tap == FINAL else f"layer_{tap.layer}"
 
 
 @partial(jax.jit, static_argnames=("graph", "taps", "logits"))
@@ -127,8 +135,8 @@ def _run(
     *,
     logits: bool = True,
 ) -> list[Float[Array, "batch sequence _"]]:
-    """Returns the logits, if asked for, the final norm and the values at `taps`."""
+    """Returns the logits, if asked for, the values at `taps`, and the final norm."""
     decoder = nnx.merge(graph, params)
     found = decoder.activations(token_ids, segment_ids, positions, {*taps, FINAL})
     head = [decoder.unembed(found[FINAL])] if logits else []
-    return [*head, found[FINAL], *(found[tap] for tap in taps)]
+    return [*head, *(found[tap] for tap in (*taps, FINAL))]

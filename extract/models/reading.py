@@ -6,7 +6,8 @@ from typing import Any, TypeAlias
 
 from extract.models.config import Activation, DecoderConfig
 from extract.models.errors import ModelError
-from extract.models.rope_scaling import read_rope
+from extract.models.kinds import COUNT, POSITIVE, SWITCH, WHOLE, WORDS, Kind, is_number, shown
+from extract.models.rope_scaling import ORIGINAL, read_rope, stretched_positions
 from extract.models.stored import HEAD, LAYER_TENSORS, TENSORS, Stored, TensorPath
 
 Raw: TypeAlias = Mapping[str, Any]
@@ -20,10 +21,25 @@ REQUIRED = (
     "num_attention_heads",
     "num_key_value_heads",
 )
-WHOLE = (*REQUIRED, "max_position_embeddings", "head_dim", "sliding_window", "sliding_window_pattern", "n_inner")
-POSITIVE = ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(REQUIRED, WHOLE),
+    **dict.fromkeys(
+        ("max_position_embeddings", "head_dim", "sliding_window", "sliding_window_pattern", "n_inner"), WHOLE
+    ),
+    "max_window_layers": COUNT,
+    **dict.fromkeys(("rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_local_base_freq"), POSITIVE),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", ORIGINAL), POSITIVE),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), SWITCH),
+    **dict.fromkeys(("scale_attn_weights", "scale_attn_by_inverse_layer_idx"), SWITCH),
+    "layer_types": WORDS,
+}
+"""What a key must be, in any family that has it. The parameters of a rope are checked where they are read."""
+
 NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 """Keys of which null says something. Null in any other is as if the key were absent."""
+
+EMPTY = ("quantization_config", "auto_map")
+"""Keys of which an empty object says as much as null."""
 
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
@@ -38,6 +54,9 @@ ONLY_VALUES: dict[str, tuple[Any, ...]] = {
 
 Keys that neither this nor the family's file names are ignored, because the reference ignores them too.
 """
+
+REMEDIES = {"quantization_config": "use a checkpoint that is not quantised: float32, float16 or bfloat16"}
+"""What to do about a key with another value, where it is not to use a checkpoint without it."""
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -87,12 +106,12 @@ class Family:
             ModelError: Keys are missing, or have values that the decoder here does not compute; names all of them.
         """
         ours = {self.renamed.get(key, key): value for key, value in raw.items()}
-        given = {key: value for key, value in ours.items() if value is not None or key in NULLABLE}
+        given = {key: value for key, value in ours.items() if key in NULLABLE or _says_something(key, value)}
         complete = DEFAULTS | dict(self.defaults) | given
-        wrong_numbers = self._wrong_numbers(complete)
-        problems = wrong_numbers + self._wrong_values(complete)
+        wrong_kinds = self._wrong_kinds(complete)
+        problems = wrong_kinds + self._wrong_values(complete)
         fields: Fields = {"family": self.name}
-        for part in () if wrong_numbers else self.parts:
+        for part in () if wrong_kinds else self.parts:
             try:
                 fields |= part(complete)
             except ModelError as error:
@@ -124,24 +143,30 @@ class Family:
         problems = []
         for key, allowed in {**ONLY_VALUES, "architectures": ([self.architecture],), **self.only_values}.items():
             value = raw.get(key)
-            if value is not None and value not in allowed:
+            # Python's 0 equals false and its true equals 1.0: a value of another kind is another value.
+            if value is not None and not any(value == each and is_number(value) == is_number(each) for each in allowed):
                 expected = " or ".join(map(repr, allowed)) or "no such key"
-                problems.append(f"found {self._key(key)} {value!r}; expected {expected}; use a checkpoint without it")
+                remedy = REMEDIES.get(key, "use a checkpoint without it")
+                problems.append(f"found {self._key(key)} {shown(value)}; expected {expected}; {remedy}")
         return problems
 
-    def _wrong_numbers(self, raw: Raw) -> list[str]:
+    def _wrong_kinds(self, raw: Raw) -> list[str]:
         missing = [key for key in REQUIRED if key not in raw]
         problems = [f"found no {self._key(key)}; expected a number; add it to config.json" for key in missing]
-        for key in (*WHOLE, *POSITIVE):
-            value, kinds = raw.get(key), int if key in WHOLE else int | float
-            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not value > 0):
-                expected = f"a positive {'whole ' if key in WHOLE else ''}number"
-                problems.append(f"found {self._key(key)} {value!r}; expected {expected}; correct config.json")
-        return problems
+        only = {**ONLY_VALUES, **self.only_values}
+        return problems + [
+            f"found {self._key(key)} {shown(raw[key])}; expected {kind.expected}; correct config.json"
+            for key, kind in KINDS.items()
+            if key not in only and raw.get(key) is not None and not kind.fits(raw[key])
+        ]
 
     def _key(self, key: str) -> str:
         """What the family calls a key."""
         return next((theirs for theirs, ours in self.renamed.items() if ours == key), key)
+
+
+def _says_something(key: str, value: Any) -> bool:
+    return value is not None and not (key in EMPTY and value == {})
 
 
 def shape(raw: Raw) -> Fields:
@@ -167,7 +192,7 @@ def shape(raw: Raw) -> Fields:
         "head_dim": head_dim(raw),
         "norm_epsilon": float(raw["rms_norm_eps"]),
         "max_positions": raw["max_position_embeddings"],
-        "tied": bool(raw["tie_word_embeddings"]),
+        "tied": raw["tie_word_embeddings"],
         "windows": (None,) * raw["num_hidden_layers"],
     }
 
@@ -175,12 +200,17 @@ def shape(raw: Raw) -> Fields:
 def rope(raw: Raw) -> Fields:
     """One rotation in all layers."""
     found = read_rope(raw, head_dim(raw))
-    return {"rope_frequencies": found.frequencies, "rope_factor": found.factor, "rope_positions": found.positions}
+    return {
+        "rope_frequencies": found.frequencies,
+        "rope_factor": found.factor,
+        "rope_positions": found.positions,
+        "stretched_positions": stretched_positions(raw),
+    }
 
 
 def attention_bias(raw: Raw) -> Fields:
     """The key `attention_bias`: on queries, keys, values and output."""
-    bias = bool(raw.get("attention_bias"))
+    bias = raw.get("attention_bias", False)
     return {"projection_bias": bias, "output_bias": bias}
 
 

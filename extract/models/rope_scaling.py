@@ -13,8 +13,11 @@ from jaxtyping import Float32
 
 from extract.models.config import Rope
 from extract.models.errors import ModelError
+from extract.models.kinds import POSITIVE, SWITCH, is_number
 
 Frequencies = Float32[np.ndarray, " pair"]
+
+ORIGINAL = "original_max_position_embeddings"
 
 THETA = 10_000.0
 """What every family here takes where `config.json` names no `rope_theta`, but for Gemma 3."""
@@ -46,44 +49,61 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, *, theta: float = THETA) ->
         ModelError: The rope type is not supported, a parameter is unknown or missing, or the spellings disagree.
     """
     kind, found_theta, parameters = _spelled(raw)
-    if raw.get(_ORIGINAL) and _ORIGINAL in _SCALINGS[kind].optional:
-        parameters = parameters | {_ORIGINAL: raw[_ORIGINAL]}  # the reference believes this one first
     base = np.float32(theta if found_theta is None else found_theta)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = _Plain(np.float32(1) / base**exponents, float(base), raw["max_position_embeddings"])
     return _SCALINGS[kind].scale(plain, parameters)
 
 
+def stretched_positions(raw: Mapping[str, Any]) -> int | None:
+    """Returns the longest sequence that yarn is for, where that is more than `max_position_embeddings`; None elsewhere.
+
+    Whoever adds yarn to a `config.json` often leaves that key as it was. torch computes any position with the same
+    frequencies; they are meant for `factor` times the original length, which `raw` has to name.
+
+    Raises:
+        ModelError: as in `read_rope`.
+    """
+    kind, _, parameters = _spelled(raw)
+    if kind != "yarn" or ORIGINAL not in parameters:
+        return None
+    stretched = int(parameters["factor"] * parameters[ORIGINAL])
+    return stretched if stretched > raw["max_position_embeddings"] else None
+
+
 def _spelled(raw: Mapping[str, Any]) -> tuple[str, float | None, dict[str, Any]]:
     """The type, the base and the other parameters, whichever spelling says them."""
     new, old = (_given(raw.get(key)) for key in ("rope_parameters", "rope_scaling"))
     said = (new.pop("rope_theta", None), old.pop("rope_theta", None), raw.get("rope_theta"))
-    thetas = {float(theta) for theta in said if theta is not None}
-    kinds = {kind for source in (new, old) for key in ("rope_type", "type") if (kind := source.pop(key, None))}
-    problems = []
+    thetas = {float(theta) for theta in said if theta is not None and POSITIVE.fits(theta)}
+    kinds = [source.pop(key) for source in (new, old) for key in ("rope_type", "type") if key in source]
+    problems = [
+        f"found rope_theta {theta!r}; expected a positive number; correct config.json"
+        for theta in said
+        if theta is not None and not POSITIVE.fits(theta)
+    ]
     if len(thetas) > 1:
         problems.append(
             f"found rope_theta {' and '.join(map(str, sorted(thetas)))} in one config.json; expected one value; "
             "remove either the top-level rope_theta or the one in rope_parameters"
         )
-    if any(theta <= 0 for theta in thetas):
-        problems.append(f"found rope_theta {min(thetas)}; expected a positive number; correct config.json")
     if new and old and new != old:
         problems.append(
             f"found rope_parameters {new} and rope_scaling {old}; expected both to say the same; remove one of them"
         )
-    kind = min(kinds, default="default")
-    if len(kinds) > 1 or kind not in _SCALINGS:
+    kind = kinds[0] if kinds else "default"
+    if any(other != kind for other in kinds) or not isinstance(kind, str) or kind not in _SCALINGS:
         why = "; frequencies of longrope differ with the longest text of a batch" if "longrope" in kinds else ""
         problems.append(
-            f"found rope type {', '.join(sorted(map(repr, kinds)))}; expected one of {', '.join(_SCALINGS)}{why}; "
+            f"found rope type {', '.join(sorted(set(map(repr, kinds))))}; expected one of {', '.join(_SCALINGS)}{why}; "
             "use a checkpoint with one of these"
         )
     else:
         problems += _SCALINGS[kind].problems(kind, new | old)
     if problems:
         raise ModelError("\n".join(problems))
-    return kind, next(iter(thetas), None), new | old
+    top = raw.get(ORIGINAL) if ORIGINAL in _SCALINGS[kind].optional else None  # the reference believes this one first
+    return kind, next(iter(thetas), None), new | old | ({} if top is None else {ORIGINAL: top})
 
 
 def _given(parameters: Any) -> dict[str, Any]:
@@ -91,7 +111,11 @@ def _given(parameters: Any) -> dict[str, Any]:
     if not isinstance(parameters, Mapping | None):
         raise ModelError(f"found rope parameters {parameters!r}; expected an object; correct config.json")
     given = {key: value for key, value in (parameters or {}).items() if value is not None}
-    return {key: value for key, value in given.items() if (key, value) != ("partial_rotary_factor", 1.0)}
+    return {
+        key: value
+        for key, value in given.items()
+        if not (key == "partial_rotary_factor" and is_number(value) and value == 1)
+    }
 
 
 class _Scaling(NamedTuple):
@@ -111,13 +135,12 @@ class _Scaling(NamedTuple):
                 f"found rope parameters {', '.join(unknown)} of type {kind!r}; expected only {known}; "
                 "use a checkpoint without them"
             )
-        numbers = (self.required | self.optional) - _SWITCHES
-        found += [
-            f"found rope parameter {key} {value!r}; expected a positive number; correct config.json"
+        kinds = {key: SWITCH if key in _SWITCHES else POSITIVE for key in self.required | self.optional}
+        return found + [
+            f"found rope parameter {key} {value!r}; expected {kinds[key].expected}; correct config.json"
             for key, value in parameters.items()
-            if key in numbers and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0)
+            if key in kinds and not kinds[key].fits(value)
         ]
-        return found
 
 
 def _rope(frequencies: Frequencies, factor: float = 1.0, positions: int | None = None) -> Rope:
@@ -194,15 +217,14 @@ def _yarn_sharpness(factor: int | float, parameters: Mapping[str, Any]) -> float
     return 0.1 * math.log(factor) + 1
 
 
-_ORIGINAL = "original_max_position_embeddings"
 _NONE: frozenset[str] = frozenset()
 _FACTOR = frozenset({"factor"})
 _SWITCHES = frozenset({"truncate", "finetuned"})  # the second says how the weights came to be, and nothing more
-_YARN = frozenset({_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", *_SWITCHES})
+_YARN = frozenset({ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", *_SWITCHES})
 _SCALINGS = {
     "default": _Scaling(_NONE, _NONE, _default),
     "linear": _Scaling(_FACTOR, _NONE, _linear),
     "dynamic": _Scaling(_FACTOR, _NONE, _dynamic),
     "yarn": _Scaling(_FACTOR, _YARN, _yarn),
-    "llama3": _Scaling(_FACTOR | {"low_freq_factor", "high_freq_factor"}, frozenset({_ORIGINAL}), _llama3),
+    "llama3": _Scaling(_FACTOR | {"low_freq_factor", "high_freq_factor"}, frozenset({ORIGINAL}), _llama3),
 }

@@ -1,7 +1,7 @@
 """How the next token is chosen from logits: the most likely one, or a draw that depends on seed, row and step alone."""
 
 import dataclasses
-import math
+import sys
 from typing import NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from extract.models.errors import ModelError
+from extract.models.kinds import is_number, is_whole, shown
 
 COLDEST = 1e-30
 """Temperatures below are taken as this one: float32 would make zero of them, and zero by zero of the likeliest."""
@@ -29,7 +30,7 @@ class Sampling:
         seed: Of the draws. A draw depends on the seed, on the row's id and on the step, and on nothing else.
 
     Raises:
-        ModelError: A value is out of its range, or would have no effect.
+        ModelError: A value is of the wrong type, out of its range, or would have no effect.
     """
 
     temperature: float | int = 0.0
@@ -39,8 +40,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Checks all values together."""
-        problems = []
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        problems = [
+            f"{name} is {shown(value)}; expected a number; pass an int or a float"
+            for name, value in (("temperature", self.temperature), ("top_p", self.top_p))
+            if not is_number(value)
+        ]
+        problems += [
+            f"{name} is {shown(value)}; expected a whole number; pass an int"
+            for name, value in (("top_k", 1 if self.top_k is None else self.top_k), ("seed", self.seed))
+            if not is_whole(value)
+        ]
+        if problems:
+            raise ModelError("\n".join(problems))
+        if not 0 <= self.temperature <= sys.float_info.max:
             problems.append(
                 f"temperature is {self.temperature}; expected 0, which is greedy, or more; pass for example 1"
             )

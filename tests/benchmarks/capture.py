@@ -1,11 +1,17 @@
-"""Tokens per second of forward passes with and without capture, beside torch on the same weights and batch.
+"""Tokens per second of forward passes with and without capture, beside torch, nnsight and TransformerLens.
+
+All have the same weights and the same batch. The last two are processes in environments of their own (`captors`), and
+are measured if their rows are those of actstore.
 
 Each pass runs all layers and no output head, except where a way says otherwise, and leaves its rows on the host as
 NumPy arrays, as a store wants them: [layer, row, hidden] in float32.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +21,13 @@ import numpy as np
 from extract.forward import make_forward
 from extract.models import Model, Tap, load_model
 from extract.named import model_folder
+from tests.benchmarks.captors import WAYS
+from tests.benchmarks.peers import Peer
 from tests.benchmarks.timing import median_seconds
 
 BATCH, CONTEXT = 8, 256
+MOST_ERROR = 1e-3  # of the norm of a row: float32 in another order
+HEADS = {"nnsight": "", "TransformerLens": " and head"}
 
 
 def measure(folder: Path, *, model: str, repeats: int) -> dict[str, object]:
@@ -34,7 +44,10 @@ def measure(folder: Path, *, model: str, repeats: int) -> dict[str, object]:
     }
     ways: dict[str, Callable[[], Any]] = {f"actstore, {name}": way for name, way in compiled.items()}
     ways |= torch_ways(model_folder(model), token_ids, quarters)
-    seconds = median_seconds(ways, repeats=repeats)
+    expected = compiled[f"{len(quarters)} layers"].rows()
+    with ExitStack() as stack:
+        ways |= peer_ways(folder, model_folder(model), token_ids, quarters, expected, stack)
+        seconds = median_seconds(ways, repeats=repeats)
     rates = {name: BATCH * CONTEXT / value for name, value in seconds.items()}
     for name, rate in rates.items():
         print(f"capture        {name:<34} {rate:>9,.1f} tokens/s")
@@ -71,8 +84,38 @@ class Compiled:
 
     def __call__(self) -> None:
         """One pass, its rows on the host."""
-        for rows in self._run(*self._arguments).values():
-            np.asarray(rows)
+        self.rows()
+
+    def rows(self) -> np.ndarray:
+        """The rows of one pass, [layer, row, hidden]."""
+        (rows,) = self._run(*self._arguments).values()
+        return np.asarray(rows)
+
+
+def peer_ways(
+    folder: Path, model: Path, token_ids: np.ndarray, layers: Sequence[int], expected: np.ndarray, stack: ExitStack
+) -> dict[str, Callable[[], Any]]:
+    """One pass of each peer whose rows are the expected ones; says why the others are not measured."""
+    ways: dict[str, Callable[[], Any]] = {}
+    np.save(folder / "token_ids.npy", token_ids)
+    (folder / "layers.json").write_text(json.dumps(layers))
+    for name in WAYS:
+        try:
+            peer = Peer(
+                name, ["tests.benchmarks.captors", name, model.resolve(), folder.resolve()], folder / f"{name}.log"
+            )
+            stack.callback(peer.close)
+            peer.ask("keep")
+            rows = np.load(folder / "rows.npy")
+            if rows.shape != expected.shape:
+                raise RuntimeError(f"its rows are {rows.shape}, ours {expected.shape}")
+            far = np.linalg.norm(rows - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+            if far.max() > MOST_ERROR:
+                raise RuntimeError(f"its rows differ from ours by {far.max():.1e} of their norm")
+            ways[f"{name}, {len(layers)} layers{HEADS[name]}"] = partial(peer.ask, "run")
+        except (OSError, RuntimeError) as error:
+            print(f"capture        NOT MEASURED: {name}: {error}", flush=True)
+    return ways
 
 
 def torch_ways(folder: Path, token_ids: np.ndarray, layers: Sequence[int]) -> dict[str, Callable[[], Any]]:

@@ -42,6 +42,8 @@ class Environment:
 
 ENVIRONMENTS = {
     "SAELens": Environment("saelens", ("sae-lens==6.54.12", CPU_TORCH), ("3.11",)),
+    "nnsight": Environment("nnsight", ("nnsight==0.8.1", CPU_TORCH), ("3.11",)),
+    "TransformerLens": Environment("transformer-lens", ("transformer-lens==4.3.0", CPU_TORCH), ("3.11",)),
     "annbatch": Environment("annbatch", ("annbatch==0.3.1", "zarrs==0.2.3"), ("3.12", "3.13")),
 }
 

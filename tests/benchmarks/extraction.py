@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 
 from extract.demo.path import choose_documents
-from extract.documents import open_documents
-from extract.loop import Progress, forward_steps, run
+from extract.loop import Progress, run
 from extract.named import model_folder
 from extract.plan import ExtractPlan, make_plan
+from extract.sources import open_documents
+from extract.steps import forward_steps
 from tests.benchmarks.timing import remove
 
 TOKENS = 12_000
@@ -37,9 +38,9 @@ def measure(folder: Path, *, model: str, repeats: int) -> dict[str, object]:
 def forward_alone(plan: ExtractPlan) -> float:
     """Tokens per second of the forward passes, rows brought to the host and dropped."""
     first, samples = 0.0, 0
-    for _, _, contexts in forward_steps(plan, list(range(plan.store.layout.blocks))):
-        if first:
-            samples += len(contexts.documents)
+    for step in forward_steps(plan, plan.store.blocks):
+        if first and step is not None:
+            samples += len(step.contexts.documents)
         else:
             first = time.perf_counter()
     return samples / (time.perf_counter() - first)

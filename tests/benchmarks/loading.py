@@ -25,8 +25,8 @@ import numpy as np
 
 import actstore
 from actstore import Layout, Site
-from tests.benchmarks.environments import ENVIRONMENTS, TOP
 from tests.benchmarks.loaders import BATCH, CONTEXT, PEER_BYTES, SMALL_WINDOW_BYTES, STORE_BYTES, WAYS, Data, numbered
+from tests.benchmarks.peers import Peer
 from tests.benchmarks.timing import remove
 
 WIDTHS = (896, 4096)
@@ -34,43 +34,6 @@ TAKE, MEMMAP, DISK = "np.take in RAM", "np.memmap random rows", "the disk, end t
 LOADERS = ("TensorStore chunks", "SAELens", "annbatch", "datasets", "grain, ArrayRecord")
 SEQUENTIAL_BYTES = 8 << 20
 ADDED_BYTES = 100_000_000  # that a loader may hold beside its window and three batches
-
-
-class Peer:
-    """A process that runs one way."""
-
-    def __init__(self, name: str, data: Data, log: Path) -> None:
-        """Raises OSError where its environment cannot be made."""
-        python = ENVIRONMENTS[name].python() if name in ENVIRONMENTS else Path(sys.executable)
-        command = [python, "-W", "ignore", "-m", "tests.benchmarks.loaders", name, data.folder, str(data.width)]
-        quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        with log.open("w") as errors:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=TOP,
-                env=os.environ | quiet,
-            )  # fmt: skip
-        self._log = log
-
-    def ask(self, what: str) -> dict[str, Any]:
-        """Its answer.
-
-        Raises:
-            RuntimeError: it failed, or the process ended.
-        """
-        try:
-            print(what, file=self._process.stdin, flush=True)
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        found = json.loads(answer) if answer else {"error": f"it ended: {self._log.read_text()[-300:].strip()}"}
-        if "error" in found:
-            raise RuntimeError(found["error"])
-        return found
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
 
 
 def measure(folder: Path, *, repeats: int) -> dict[str, object]:
@@ -109,7 +72,8 @@ def start(data: Data, stack: ExitStack) -> tuple[dict[str, Peer], dict[str, str]
     missing: dict[str, str] = {}
     for name in WAYS:
         try:
-            peer = Peer(name, data, data.folder / f"{len(peers)}.log")
+            module = ["tests.benchmarks.loaders", name, data.folder, str(data.width)]
+            peer = Peer(name, module, data.folder / f"{len(peers)}.log")
             stack.callback(peer.close)
             peer.ask("write")
             peers[name] = peer

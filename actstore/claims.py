@@ -1,0 +1,121 @@
+"""Which worker computes which block now, so that several do not compute the same one. Hints: nothing depends on them.
+
+A worker takes a block by creating an object that names it, and removes the object once the block is committed. Claims
+of workers that died, or that are slow, are taken over. Two workers that compute one block write the same bytes.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+import time
+from typing import Annotated, Literal
+
+import pydantic
+
+from actstore.errors import CorruptStoreError
+from actstore.kvstore import Root
+from actstore.ledger import key_in
+from actstore.schema import FORMAT, Plan, StoredDocument
+
+CLAIM_FOLDER = ".act/claims/"
+_CLAIM_NAME = re.compile(r"[0-9]{8}\.json")
+
+
+class Claim(StoredDocument):
+    """A block that a worker computes, or the sealing that it does."""
+
+    kind = "claim"
+
+    worker: str
+    """Random, of one process."""
+    host: str
+    process: int
+    """Number of the process on its host."""
+    rank: int
+    """Of the worker among those that were started with it, from 0."""
+    since: Annotated[float, pydantic.Field(ge=0)]
+    """Seconds since 1970 by the clock of the host."""
+
+
+class Claims:
+    """The claims of one worker on the blocks of one plan. Every method costs up to 3 small requests."""
+
+    def __init__(self, root: Root, plan: Plan, *, rank: int = 0) -> None:
+        self._root, self._folder, self._rank = root, key_in(plan.generation, CLAIM_FOLDER), rank
+        self.worker, self._host = secrets.token_hex(8), socket.gethostname()
+
+    def take(self, work: int | Literal["seal"], *, patience: float) -> bool:
+        """Whether this worker has the block now: nobody else had it, or its worker is dead or older than `patience`.
+
+        Args:
+            work: number of a block, or the sealing of the store.
+            patience: seconds that another worker may take.
+        """
+        key, mine = self._key(work), self._mine()
+        found = self._parsed(self._root.create(key, mine.to_json()))
+        if found is not None and found.worker != self.worker and not self._over(found, patience):
+            return False
+        if found is None or found.worker != self.worker:
+            self._root.write(key, mine.to_json())
+        return True
+
+    def release(self, work: int | Literal["seal"]) -> None:
+        """Gives a block back, or says that it is committed."""
+        self._root.delete(self._key(work))
+
+    def taken(self, *, patience: float) -> set[int]:
+        """Blocks that others have, and that are not to be taken over. One listing, and one read for each."""
+        found = self.read()
+        return {
+            block for block, claim in found.items() if claim.worker != self.worker and not self._over(claim, patience)
+        }
+
+    def read(self) -> dict[int, Claim]:
+        """All claims on blocks that can be read."""
+        names = (key.removeprefix(self._folder) for key in self._root.keys(self._folder))
+        blocks = [int(name[:8]) for name in names if _CLAIM_NAME.fullmatch(name)]
+        found = {block: self._parsed(self._root.read(self._key(block))) for block in blocks}
+        return {block: claim for block, claim in found.items() if claim is not None}
+
+    def clear(self) -> None:
+        """Removes all claims, of a store that is complete, and what workers left that died while they took one."""
+        for key in self._root.keys(self._folder):
+            self._root.delete(key)
+        for key, held in self._root.lock_files(self._folder):
+            if not held:
+                self._root.remove_lock_file(key)
+
+    def _key(self, work: int | Literal["seal"]) -> str:
+        return f"{self._folder}{work if work == 'seal' else format(work, '08d')}.json"
+
+    def _mine(self) -> Claim:
+        return Claim(
+            format=FORMAT, worker=self.worker, host=self._host, process=os.getpid(), rank=self._rank, since=time.time()
+        )
+
+    def _over(self, claim: Claim, patience: float) -> bool:
+        """Whether a claim of another worker counts no more."""
+        if claim.host == self._host and not _lives(claim.process):
+            return True
+        return time.time() - claim.since > patience
+
+    def _parsed(self, data: bytes | None) -> Claim | None:
+        """A claim; None for one that is gone or cannot be read."""
+        with contextlib.suppress(CorruptStoreError):
+            return None if not data else Claim.from_json(data, where=self._folder)
+        return None
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this host is there. One with this process' own number is not another worker's any more."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,227 @@
+"""Options that several commands share, written once."""
+
+import inspect
+import os
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+
+import typer
+
+from actstore.errors import InputError
+
+if TYPE_CHECKING:
+    from extract.ranks import Rank
+    from extract.sources import Documents, OnError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def takes(*shared: Callable[..., Any]) -> Callable[[Command], Command]:
+    """Gives a command the options of other functions, which come to it as keywords.
+
+    Args:
+        shared: Functions whose parameters are options. The command has `**name` for them; where it has one of the
+            same name, its own is taken.
+    """
+
+    def join(command: Command) -> Command:
+        functions: list[Callable[..., Any]] = [command, *shared]
+        signatures = [inspect.signature(function) for function in functions]
+        parameters: dict[str, inspect.Parameter] = {}
+        for signature in signatures:
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is not parameter.VAR_KEYWORD:
+                    parameters.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
+        joined = signatures[0].replace(parameters=[*parameters.values()])
+        command.__signature__ = joined  # type: ignore[attr-defined]
+        command.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+        return command
+
+    return join
+
+
+def documents_of(
+    documents: Annotated[
+        str,
+        typer.Option(
+            "--documents",
+            help="a .jsonl (also .gz, .zst), .parquet, .txt, .md or .rst file, a folder of such files or of a saved "
+            "dataset, datasets:NAME[:SPLIT], or python-docs",
+        ),
+    ],
+    text_field: Annotated[str, typer.Option(help="field of a record that holds the text")] = "text",
+    id_field: Annotated[str, typer.Option(help="field that holds the id, if there is one")] = "id",
+    columns: Annotated[
+        str | None, typer.Option(help="fields to keep, with commas between; default all numbers and texts")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, a column with one value for all documents; may be repeated")
+    ] = None,
+    splits: Annotated[
+        str | None, typer.Option(help="a column `split`, by a hash of the id: train=0.9,val=0.05,test=0.05")
+    ] = None,
+    on_error: Annotated[
+        str, typer.Option(help="of lines that are no documents: error, or skip and count them")
+    ] = "error",
+    skip: Annotated[int, typer.Option(help="pass over this many documents of the source")] = 0,
+    limit: Annotated[int | None, typer.Option(help="read this many documents and no more")] = None,
+) -> "Documents":
+    """The documents of a command's options, not read yet.
+
+    Raises:
+        InputError: an option that cannot be.
+    """
+    from extract.documents import Fields
+    from extract.sources import Documents
+    from extract.splits import Splits
+
+    names = None if columns is None else tuple(name.strip() for name in columns.split(",") if name.strip())
+    return Documents(
+        documents, fields=Fields(text=text_field, id=id_field, columns=names), limit=limit, skip=skip,
+        on_error=cast("OnError", on_error), labels=_labels(label or []),
+        splits=None if splits is None else Splits.parse(splits),
+    )  # fmt: skip
+
+
+def reading(
+    context: Annotated[int, typer.Option(help="tokens the model sees at once")] = 256,
+    batch: Annotated[int, typer.Option(help="contexts per forward pass")] = 8,
+    packing: Annotated[
+        str,
+        typer.Option(
+            help="best-fit, best-fit-decreasing, single (a context for each piece) or concatenated (one stream, cut)"
+        ),
+    ] = "best-fit",
+    too_long: Annotated[str, typer.Option(help="of documents longer than a context: cut, truncate or error")] = "cut",
+    rows: Annotated[
+        str,
+        typer.Option(
+            help='tokens to keep: all, last, first(4), every(8), fraction(0.1), completion, kind("word"), ...'
+        ),
+    ] = "all",
+    rows_per_document: Annotated[int | None, typer.Option(help="at most so many rows of a document, at random")] = None,
+    bos: Annotated[
+        str, typer.Option(help="before every text: model (what its tokenizer puts), always or never")
+    ] = "model",
+    eos: Annotated[str, typer.Option(help="after every text: always or never")] = "never",
+    answer: Annotated[
+        bool, typer.Option("--answer", help="end chats of a user's last message with what comes before an answer")
+    ] = False,
+    chat_date: Annotated[str | None, typer.Option(help="for chat templates that write a date: 2026-07-26")] = None,
+    tokens_folder: Annotated[
+        str | None, typer.Option(help="keep tokens there while they are made, for more than memory holds")
+    ] = None,
+) -> dict[str, Any]:
+    """How documents become rows, as `make_plan` takes it."""
+    return {
+        "context": context, "batch": batch, "packing": packing, "too_long": too_long, "rows": rows,
+        "rows_per_document": rows_per_document, "bos": bos, "eos": eos, "answer": answer, "chat_date": chat_date,
+        "tokens_folder": tokens_folder,
+    }  # fmt: skip
+
+
+def places(
+    sites: Annotated[
+        str, typer.Option(help="places to keep, patterns such as resid_*, or names of hooks, with commas between")
+    ] = "resid_post",
+    layers: Annotated[
+        str | None, typer.Option(help="layers to keep, with commas between; default 6,12,18,23 or quarters")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of the stored rows: bfloat16, float16 or float32")] = "bfloat16",
+    codec: Annotated[str, typer.Option(help="of the stored chunks: crc32c, none or zstd")] = "crc32c",
+    block_samples: Annotated[
+        int | None, typer.Option(help="samples per block; default aims at shards of 128 MiB")
+    ] = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="devices as DATA,MODEL; default as many as divide --batch, and 1")
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="kernel: chunked (default), splash on TPUs, cudnn on NVIDIA GPUs; part of the plan"),
+    ] = None,
+) -> dict[str, Any]:
+    """What is computed and how it is stored, as `make_plan` takes it.
+
+    Raises:
+        InputError: layers or a mesh that are no numbers.
+    """
+    return {
+        "sites": [site.strip() for site in sites.split(",")], "layers": layer_numbers(layers), "dtype": dtype,
+        "codec": codec, "block_samples": block_samples, "mesh": mesh_sizes(mesh), "attention": attention,
+    }  # fmt: skip
+
+
+def workers(
+    num_processes: Annotated[
+        int | None, typer.Option(help="how many run this command; default what the launcher says, or 1")
+    ] = None,
+    process_id: Annotated[
+        int | None, typer.Option(help="number of this one, from 0; default what the launcher says")
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of process 0, only for a --mesh that spans processes: they compute together"),
+    ] = None,
+) -> "Rank":
+    """Which worker this process is. Joins the others where they compute together, before anything else of JAX.
+
+    Raises:
+        InputError: options or a launcher's variables that do not fit; others that cannot be reached.
+    """
+    from extract.mesh import join
+    from extract.ranks import resolve
+
+    rank = resolve(process_id, num_processes, os.environ)
+    if coordinator is not None:
+        if not re.fullmatch(r"[^\s:/]+:[0-9]{1,5}", coordinator):
+            raise InputError(f"--coordinator is {coordinator!r}; expected HOST:PORT of process 0, such as host-0:8476")
+        if rank.workers == 1:
+            raise InputError(
+                "--coordinator was given, and this is process 0 of 1; give --num-processes and --process-id"
+            )
+        join(coordinator, processes=rank.workers, process=rank.rank)
+    return rank
+
+
+def chosen(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """What a function of options makes of those of a command that are its own."""
+    return function(**{name: given[name] for name in inspect.signature(function).parameters})
+
+
+def layer_numbers(text: str | None) -> list[int] | None:
+    """Numbers of layers.
+
+    Raises:
+        InputError: they are none.
+    """
+    if text is None:
+        return None
+    for part in text.split(","):
+        if not re.fullmatch(r"\s*[0-9]{1,9}\s*", part):
+            raise InputError(f"--layers has {part!r}; expected whole numbers with commas between, such as 6,12,18,23")
+    return [int(part) for part in text.split(",")]
+
+
+def mesh_sizes(text: str | None) -> tuple[int, int] | None:
+    """The sizes of the two axes of a mesh.
+
+    Raises:
+        InputError: it is not two whole numbers.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*", text)
+    if not found:
+        raise InputError(f"--mesh is {text!r}; expected two whole numbers, DATA,MODEL, such as 4,2 for 8 devices")
+    return int(found[1]), int(found[2])
+
+
+def _labels(given: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name or name in found:
+            raise InputError(f"--label is {text!r}; expected NAME=VALUE, each name once, such as run=baseline")
+        found[name] = value
+    return found

@@ -1,0 +1,150 @@
+"""Documents to a document table: read, tokenised and kept a few hundred at a time, in memory or on a disk."""
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actstore.errors import InputError, PlanMismatchError
+from actstore.table import DocumentTable
+from extract.columns import Columns
+from extract.documents import Document
+from extract.spool import spool
+from extract.tokens import Encoded, Tokenizer, begin_encoding, encode, prepare
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_DOCUMENTS_AT_ONCE = 2048  # so that the tokenizer's threads seldom wait for the last of them
+_CHARACTERS_AT_ONCE = 1 << 20  # of those: the library takes about 60 bytes for each until its tokens are kept
+_HASHED_AT_ONCE = 16 << 20
+
+Progress = Callable[[int, int | None], None]
+
+
+def tokenise(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    *,
+    folder: Path | None = None,
+    like: Collection[str] | None = None,
+    progress: Progress | None = None,
+) -> DocumentTable:
+    """Token ids of every document, with the place of each token in its document's UTF-8.
+
+    Args:
+        documents: at least one; they are read once, a few hundred at a time.
+        tokenizer: of the model.
+        folder: where to keep the tokens while they are made, and after; None keeps them in memory. Killed, the same
+            call continues: what is there is compared with the documents and not tokenised again.
+        like: names of the columns of a store that the documents are appended to; None for a new one.
+        progress: called with (documents done, documents in all, or None where nobody knows).
+
+    Costs the texts and about 12 bytes per token, of disk or of memory. A character that is split over several tokens
+    belongs to each of them. The table has a column `read_from`, where each document was read, and where one has a
+    completion also `completion_start`.
+
+    Raises:
+        InputError: a document has no tokens, or other columns than the first one.
+        PlanMismatchError: the folder holds other documents, or those of another tokenizer.
+    """
+    total = len(documents) if isinstance(documents, Sequence) else None
+    with spool(folder, {"tokenizer": tokenizer.provenance()}) as kept:
+        there = kept.arrays() if kept.count else {}
+        columns, at, done = Columns(like), Counter({"token": len(there.get("token_id", ()))}), 0
+        for part, found in _ahead(_parts(documents, edge=kept.count), tokenizer, passed_over=kept.count):
+            described = columns.arrays(part, at)
+            if found is None:
+                _refuse_others(there, described, at, part, folder)
+            else:
+                tokens = encode(part, tokenizer, found.result())
+                kept.add(described | _arrays(tokens, first=at["token"]), count=len(part))
+                at["token"] += len(tokens.ids)
+            at.update({name: len(values) for name, values in described.items()})
+            done += len(part)
+            if progress:
+                progress(done, total)
+        if done < kept.count:
+            raise PlanMismatchError(
+                f"{folder} holds {kept.count:,} documents, the source has {done:,}; expected the same source and "
+                "limit; give those, or another folder"
+            )
+        return columns.table(kept.arrays()) if done else _no_documents()
+
+
+def _ahead(
+    parts: Iterable[list[Document]], tokenizer: Tokenizer, *, passed_over: int
+) -> "Iterator[tuple[list[Document], Future[list[tokenizers.Encoding]] | None]]":
+    """Each part with its tokens, which the next part's are made beside; None for documents to pass over."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Any] = deque()
+        for part in parts:
+            prepared = [prepare(document, tokenizer) for document in part]
+            passed_over -= len(part)
+            waiting.append((prepared, pool.submit(begin_encoding, prepared, tokenizer) if passed_over < 0 else None))
+            if len(waiting) > 1:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def digest(table: DocumentTable) -> str:
+    """SHA-256 over ids, texts, tokens and columns: equal documents and tokenizer give equal digests."""
+    total = hashlib.sha256()
+    for name, values in sorted(table.arrays().items()):
+        total.update(f"{name} {values.dtype.str} {len(values)}\n".encode())
+        step = _HASHED_AT_ONCE // values.itemsize
+        for first in range(0, len(values), step):
+            total.update(np.ascontiguousarray(values[first : first + step]).data)
+    return total.hexdigest()
+
+
+def _parts(documents: Iterable[Document], *, edge: int) -> Iterator[list[Document]]:
+    """Documents to be tokenised together; none from both sides of the edge, before which they are there already."""
+    part: list[Document] = []
+    characters = 0
+    for number, document in enumerate(documents):
+        if number == edge and part:
+            yield part
+            part, characters = [], 0
+        part.append(document)
+        characters += len(document.text) + len(document.token_ids or ())
+        if len(part) == _DOCUMENTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
+
+
+def _arrays(tokens: Encoded, *, first: int) -> dict[str, np.ndarray]:
+    """Tokens as they are kept; `first` are there before."""
+    return {
+        "token.ends": np.cumsum(tokens.counts) + first,
+        "token_id": tokens.ids,
+        "token_start": tokens.start,
+        "token_end": tokens.end,
+    }
+
+
+def _refuse_others(
+    there: Mapping[str, np.ndarray],
+    described: Mapping[str, np.ndarray],
+    at: Mapping[str, int],
+    part: Sequence[Document],
+    folder: Path | None,
+) -> None:
+    """Raises where what was kept is not what the documents are now."""
+    for name, values in described.items():
+        stored = there.get(name, np.zeros(0))[at[name] : at[name] + len(values)]
+        if not np.array_equal(stored, values, equal_nan=name.endswith(".float")):
+            raise PlanMismatchError(
+                f"{folder} holds other documents: {name.split('.')[0]} of some from {part[0].id!r} ({part[0].source}) "
+                "on differs; expected those it was begun with; give them, or another folder"
+            )
+
+
+def _no_documents() -> DocumentTable:
+    raise InputError("there are no documents to read; expected at least one; check the source and its --limit")
