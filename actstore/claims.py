@@ -46,7 +46,7 @@ class Claims:
         self._root, self._folder, self._rank = root, key_in(plan.generation, CLAIM_FOLDER), rank
         self.worker, self._host = secrets.token_hex(8), socket.gethostname()
 
-    def take(self, work: int | Literal["seal"], *, patience: float) -> bool:
+    def take(self, work: int | Literal["seal"], *, patience: int | float) -> bool:
         """Whether this worker has the block now: nobody else had it, or its worker is dead or older than `patience`.
 
         Args:
@@ -65,7 +65,7 @@ class Claims:
         """Gives a block back, or says that it is committed."""
         self._root.delete(self._key(work))
 
-    def taken(self, *, patience: float) -> set[int]:
+    def taken(self, *, patience: int | float) -> set[int]:
         """Blocks that others have, and that are not to be taken over. One listing, and one read for each."""
         found = self.read()
         return {
@@ -76,8 +76,8 @@ class Claims:
         """All claims on blocks that can be read."""
         names = (key.removeprefix(self._folder) for key in self._root.keys(self._folder))
         blocks = [int(name[:8]) for name in names if _CLAIM_NAME.fullmatch(name)]
-        found = {block: self._parsed(self._root.read(self._key(block))) for block in blocks}
-        return {block: claim for block, claim in found.items() if claim is not None}
+        found = map(self._parsed, self._root.read_all(map(self._key, blocks)))
+        return {block: claim for block, claim in zip(blocks, found, strict=True) if claim is not None}
 
     def clear(self) -> None:
         """Removes all claims, of a store that is complete, and what workers left that died while they took one."""
@@ -95,7 +95,7 @@ class Claims:
             format=FORMAT, worker=self.worker, host=self._host, process=os.getpid(), rank=self._rank, since=time.time()
         )
 
-    def _over(self, claim: Claim, patience: float) -> bool:
+    def _over(self, claim: Claim, patience: int | float) -> bool:
         """Whether a claim of another worker counts no more."""
         if claim.host == self._host and not _lives(claim.process):
             return True

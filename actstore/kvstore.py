@@ -36,6 +36,7 @@ Result = TypeVar("Result")
 SUFFIX = ".acts.zarr"
 TIMEOUT_SECONDS = 600.0  # of one request; local storage that takes longer than this is not coming back
 MAX_OBJECT_BYTES = 16 << 20  # of plan, marker, metadata: those of 10^6 samples have a few kB
+READS_AT_ONCE = 64  # of small objects
 _FILE_THREADS = 16  # measured: 4.5 GB/s against 2.4 GB/s with the default of one per core, warm local files
 
 _KIND_OF_ERRNO: dict[int, type[StorageError]] = {
@@ -101,6 +102,21 @@ class Root:
         self._look(key, most_bytes)
         result = self._call(f"read {key}", lambda kv: kv.read(key))
         return bytes(result.value) if result.state == "value" else None
+
+    def read_all(self, keys: Iterable[str]) -> Iterator[bytes | None]:
+        """The objects under many keys, in their order; None for one that is not there. 64 are under way at once.
+
+        Raises:
+            CorruptStoreError: one is larger than 16 MiB, or is no file; nothing of it was read.
+        """
+        remaining = iter(keys)
+        while group := list(itertools.islice(remaining, READS_AT_ONCE)):
+            for key in group:
+                self._look(key, MAX_OBJECT_BYTES)
+            with self._store(f"read {group[0]} and {len(group) - 1} more") as kv:
+                begun = [kv.read(key) for key in group]
+                results = [each.result(timeout=TIMEOUT_SECONDS) for each in begun]
+            yield from (bytes(each.value) if each.state == "value" else None for each in results)
 
     def digest(self, key: str, *, most_bytes: int) -> str | None:
         """SHA-256 of the object under `key`, or None. Costs reading it, and 1 MiB of memory.
@@ -250,10 +266,15 @@ class Root:
         return {"driver": "file", "path": f"{self.path}/"}
 
     def _call(self, doing: str, start: Callable[[Any], Any]) -> Any:
+        with self._store(doing) as kv:
+            return start(kv).result(timeout=TIMEOUT_SECONDS)
+
+    @contextmanager
+    def _store(self, doing: str) -> Iterator[Any]:
+        """TensorStore's view of this place; its errors inside the block become ours."""
         refuse_fork()
         with storage_errors(f"{doing} of {self.url}"):
-            kv = ts.KvStore.open(self._spec(), context=self.context).result(timeout=TIMEOUT_SECONDS)
-            return start(kv).result(timeout=TIMEOUT_SECONDS)
+            yield ts.KvStore.open(self._spec(), context=self.context).result(timeout=TIMEOUT_SECONDS)
 
 
 class _Threads:

@@ -9,12 +9,10 @@ of its own. The root group says which generation is complete; until the next one
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -53,7 +51,6 @@ TABLE_KEY = ".act/documents.json"
 MANIFEST_KEY = ".act/manifest.json"
 RANGES_KEY = ".act/ranges.json"
 SEAL_KEY = ".act/SEALED.json"
-MARKERS_AT_ONCE = 16
 _MARKER_NAME = re.compile(r"[0-9]{8}\.json")
 
 
@@ -267,8 +264,12 @@ def read_marker(root: Root, plan: Plan, block: int) -> Marker:
     Raises:
         CorruptStoreError: missing, damaged, or of another plan or block.
     """
+    return _parsed_marker(root, plan, block, root.read(marker_key(block, plan.generation)))
+
+
+def _parsed_marker(root: Root, plan: Plan, block: int, data: bytes | None) -> Marker:
+    """A marker that was read, compared with the plan; the same errors as `read_marker`."""
     key = marker_key(block, plan.generation)
-    data = root.read(key)
     if data is None:
         raise CorruptStoreError(f"{root.url}/{key} is missing; block {block} must be written again")
     marker = Marker.from_json(data, where=f"{root.url}/{key}")
@@ -435,13 +436,13 @@ def seal(root: Root, plan: Plan) -> None:
         _check_base(root, plan)
     if plan.documents is not None and not has_table(root, plan):
         raise UnfinishedStoreError(f"{root.url} cannot be sealed: its documents are not written; write them, then seal")
-    with ThreadPoolExecutor(MARKERS_AT_ONCE, thread_name_prefix="actstore-markers") as pool:
-        markers = tuple(pool.map(functools.partial(read_marker, root, plan), plan.blocks))
+    found = root.read_all(marker_key(block, plan.generation) for block in plan.blocks)
+    markers = tuple(_parsed_marker(root, plan, block, data) for block, data in zip(plan.blocks, found, strict=True))
     _refuse_lost_shards(root, plan)
     manifest = Manifest(format=FORMAT, fingerprint=plan.fingerprint, blocks=markers).to_json()
     root.write(key_in(plan.generation, MANIFEST_KEY), manifest)
-    found = Ranges.of(plan, markers)
-    ranges = None if found is None else found.to_json()
+    gathered = Ranges.of(plan, markers)
+    ranges = None if gathered is None else gathered.to_json()
     if ranges is not None:
         root.write(key_in(plan.generation, RANGES_KEY), ranges)
     if _newest_complete(root) <= plan.generation:  # else it was appended to meanwhile: readers see more already

@@ -306,7 +306,10 @@ VALID = 'self._start("valid", first, np.ones(stop - first, np.uint8)).result()'
 COMMIT = "write_marker(self.root, self.plan, marker)"
 LATER = "(lambda key, pieces: self.__dict__.setdefault('late', []).append((key, list(pieces))))("
 AT_LAST = "[self.root.write_pieces(*put) for put in self.__dict__.pop('late')]"
-EVERY_BLOCK = "in plan.blocks)\n    _refuse"
+SEALED_BLOCKS = [
+    ("    found = root", "    blocks = committed_blocks(root, plan)\n    found = root"),
+    ("in plan.blocks)\n    markers", "in blocks)\n    markers"), ("zip(plan.blocks, found", "zip(blocks, found"),
+]  # fmt: skip
 MUTANTS: dict[str, tuple[bool, list[tuple[Any, str, list[tuple[str, str]]]]]] = {
     "marker before shards": (False, [
         (Writer, "_write_shard", [("self.root.write_pieces(", LATER)]),
@@ -321,8 +324,7 @@ MUTANTS: dict[str, tuple[bool, list[tuple[Any, str, list[tuple[str, str]]]]]] = 
     ]),
     "no padding": (False, [(Writer, "_padded", [("if not missing:", "if True:")])]),
     "seal before all markers": (False, [
-        (ledger, "seal", [("if missing:", "if False:"), (EVERY_BLOCK, "in committed_blocks(root, plan))\n    _refuse"),
-                           ("    _refuse_lost_shards(root, plan)", "")]),
+        (ledger, "seal", [("if missing:", "if False:"), *SEALED_BLOCKS, ("    _refuse_lost_shards(root, plan)", "")]),
     ]),
     "a block is done when it is valid": (False, [
         (ledger, "committed_blocks", [("key_in(plan.generation, MARKER_FOLDER)", '"valid/c/"')]),
@@ -355,7 +357,7 @@ def test_a_mutant_is_caught(request: pytest.FixtureRequest, documents: bool, cha
 def test_a_mutant_that_accepts_a_marker_of_another_plan_is_caught(plain: World) -> None:
     old = "(marker.fingerprint, marker.block) != (plan.fingerprint, block)"
     with (
-        mutant([(ledger, "read_marker", [(old, "marker.block != block")])]),
+        mutant([(ledger, "_parsed_marker", [(old, "marker.block != block")])]),
         pytest.raises(CorruptStoreError, match="block 1 is committed, but its shard resid_post/c/0/1/0 is gone"),
     ):
         run_schedules(plain, run_with_foreign_marker(plain), range(20), what="mutant")
