@@ -1,21 +1,21 @@
 """Every exception of actstore, in one tree.
 
-```
-ActstoreError                   exit code 1
-├── InputError                  2   an argument, a file or a configuration is wrong; nothing was done
-│   ├── UnknownNameError        2   a site, layer, column or option that does not exist here
-│   └── PlanMismatchError       2   the target holds another run; the differing fields are named
-├── StoreError                  3   something about the store stops this operation
-│   ├── StoreNotFoundError      2   there is no store at this place
-│   ├── UnfinishedStoreError    2   the store is still being written and `partial=True` was not given
-│   ├── SealedStoreError        2   the store is complete and takes no more blocks
-│   ├── CorruptStoreError       4   stored bytes or metadata are damaged, missing or hostile
-│   └── StorageError            3   the storage failed: try again, or mend it first
-│       ├── StoragePermissionError  2   not allowed, or read-only
-│       └── StorageFullError        2   no space left
-└── StoppedError                75  asked to stop; running the same command again continues
-    └── WorkerLostError         75  a process that computes the same model ended; so did this one
-```
+::
+
+    ActstoreError                   exit code 1
+    ├── InputError                  2   an argument, a file or a configuration is wrong; nothing was done
+    │   ├── UnknownNameError        2   a site, layer, column or option that does not exist here
+    │   └── PlanMismatchError       2   the target holds another run; the differing fields are named
+    ├── StoreError                  3   something about the store stops this operation
+    │   ├── StoreNotFoundError      2   there is no store at this place
+    │   ├── UnfinishedStoreError    2   the store is still being written and `partial=True` was not given
+    │   ├── SealedStoreError        2   the store is complete and takes no more blocks
+    │   ├── CorruptStoreError       4   stored bytes or metadata are damaged, missing or hostile
+    │   └── StorageError            3   the storage failed: try again, or mend it first
+    │       ├── StoragePermissionError  2   not allowed, or read-only
+    │       └── StorageFullError        2   no space left
+    └── StoppedError                75  asked to stop; running the same command again continues
+        └── WorkerLostError         75  a process that computes the same model ended; so did this one
 
 Every message has three parts: what was found, what was expected, what to do next. The exit code is what the
 command line returns when the exception reaches it.

@@ -113,10 +113,12 @@ class Root:
         while group := list(itertools.islice(remaining, READS_AT_ONCE)):
             for key in group:
                 self._look(key, MAX_OBJECT_BYTES)
-            with self._store(f"read {group[0]} and {len(group) - 1} more") as kv:
-                begun = [kv.read(key) for key in group]
-                results = [each.result(timeout=TIMEOUT_SECONDS) for each in begun]
-            yield from (bytes(each.value) if each.state == "value" else None for each in results)
+            with self._store(f"read {group[0]}") as kv:
+                begun = [(key, kv.read(key)) for key in group]
+            for key, reading in begun:
+                with storage_errors(f"read {key} of {self.url}"):
+                    found = reading.result(timeout=TIMEOUT_SECONDS)
+                yield bytes(found.value) if found.state == "value" else None
 
     def digest(self, key: str, *, most_bytes: int) -> str | None:
         """SHA-256 of the object under `key`, or None. Costs reading it, and 1 MiB of memory.

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,7 +182,7 @@ def test_meta_a_missing_command_option_or_default_would_be_found():
 def commands_of(text: str) -> list[list[str]]:
     """The arguments of every `actstore ...` line in blocks that a reader may copy."""
     lines = [
-        re.split(r"\s+#|\s*\|\||\s*&&", line)[0]
+        re.split(r"\s+#|\s*\|\||\s*&", line)[0]
         for block in blocks_of(text)
         if block.kind in {"console", "shell"}
         for line in block.code.splitlines()
@@ -237,9 +238,9 @@ def test_meta_an_undocumented_name_would_be_found():
 
 
 def error_tree(text: str) -> str:
-    found = re.search(r"^```(?:text)?\n(ActstoreError .*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.search(r"^( *)ActstoreError .*?\n(?=```|\n)", text, re.MULTILINE | re.DOTALL)
     assert found
-    return found[1]
+    return textwrap.dedent(found[0])
 
 
 def test_the_tree_of_errors_is_that_of_the_code():
