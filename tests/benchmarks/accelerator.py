@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from extract.forward import make_forward
+from extract.mesh import toward_host
 from extract.models import Model, Tap, load_model
 from extract.models.kernels import KERNELS
 
@@ -129,8 +130,7 @@ def passes(model: Model, token_ids: np.ndarray, layers: Sequence[int], *, kept: 
 
     def begin() -> jax.Array:
         (found,) = forward(model.params, *map(jnp.asarray, (token_ids, segments, positions, rows))).values()
-        found.copy_to_host_async()
-        return found
+        return toward_host(found)
 
     def run() -> np.ndarray:
         ahead = begin()
