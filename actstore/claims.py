@@ -10,13 +10,14 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import pydantic
 
 from actstore.errors import CorruptStoreError
 from actstore.kvstore import Root
-from actstore.ledger import key_in
+from actstore.ledger import key_in, window_folder
 from actstore.schema import FORMAT, Plan, StoredDocument
 
 CLAIM_FOLDER = ".act/claims/"
@@ -49,35 +50,44 @@ class Claims:
     def take(self, work: int | Literal["seal"], *, patience: int | float) -> bool:
         """Whether this worker has the block now: nobody else had it, or its worker is dead or older than `patience`.
 
+        A claim of its own is made anew, and is young again.
+
         Args:
             work: number of a block, or the sealing of the store.
             patience: seconds that another worker may take.
         """
-        key, mine = self._key(work), self._mine()
-        found = self._parsed(self._root.create(key, mine.to_json()))
+        key, mine = self._key(work), self._mine().to_json()
+        stored = self._root.create(key, mine)
+        if stored == mine:
+            return True
+        found = self._parsed(stored)
         if found is not None and found.worker != self.worker and not self._over(found, patience):
             return False
-        if found is None or found.worker != self.worker:
-            self._root.write(key, mine.to_json())
+        self._root.write(key, mine)
         return True
 
     def release(self, work: int | Literal["seal"]) -> None:
         """Gives a block back, or says that it is committed."""
         self._root.delete(self._key(work))
 
-    def taken(self, *, patience: int | float) -> set[int]:
-        """Blocks that others have, and that are not to be taken over. One listing, and one read for each."""
-        found = self.read()
-        return {
-            block for block, claim in found.items() if claim.worker != self.worker and not self._over(claim, patience)
-        }
+    def claimed(self, window: int) -> set[int]:
+        """The blocks of a window of `actstore.ledger` that somebody has claimed, for long or not. One small listing."""
+        return self._blocks(self._root.keys(window_folder(self._folder, window)))
+
+    def over(self, blocks: Iterable[int], *, patience: int | float) -> list[int]:
+        """Those of some claimed blocks that this worker may take over, or whose claim is gone. One read for each.
+
+        Args:
+            blocks: that others have claimed.
+            patience: seconds that another worker may take.
+        """
+        found = self._read(list(blocks))
+        return [block for block, claim in found.items() if claim is None or self._over(claim, patience)]
 
     def read(self) -> dict[int, Claim]:
-        """All claims on blocks that can be read."""
-        names = (key.removeprefix(self._folder) for key in self._root.keys(self._folder))
-        blocks = [int(name[:8]) for name in names if _CLAIM_NAME.fullmatch(name)]
-        found = map(self._parsed, self._root.read_all(map(self._key, blocks)))
-        return {block: claim for block, claim in zip(blocks, found, strict=True) if claim is not None}
+        """All claims on blocks that can be read. One listing, and one read for each."""
+        found = self._read(sorted(self._blocks(self._root.keys(self._folder))))
+        return {block: claim for block, claim in found.items() if claim is not None}
 
     def clear(self) -> None:
         """Removes all claims, of a store that is complete, and what workers left that died while they took one."""
@@ -86,6 +96,14 @@ class Claims:
         for key, held in self._root.lock_files(self._folder):
             if not held:
                 self._root.remove_lock_file(key)
+
+    def _read(self, blocks: list[int]) -> dict[int, Claim | None]:
+        found = map(self._parsed, self._root.read_all(map(self._key, blocks)))
+        return dict(zip(blocks, found, strict=True))
+
+    def _blocks(self, keys: Iterable[str]) -> set[int]:
+        names = (key.removeprefix(self._folder) for key in keys)
+        return {int(name[:8]) for name in names if _CLAIM_NAME.fullmatch(name)}
 
     def _key(self, work: int | Literal["seal"]) -> str:
         return f"{self._folder}{work if work == 'seal' else format(work, '08d')}.json"
@@ -97,6 +115,8 @@ class Claims:
 
     def _over(self, claim: Claim, patience: int | float) -> bool:
         """Whether a claim of another worker counts no more."""
+        if claim.worker == self.worker:
+            return False
         if claim.host == self._host and not _lives(claim.process):
             return True
         return time.time() - claim.since > patience

@@ -184,10 +184,16 @@ class Root:
             return f"{found}; the folder above is a store: {os.path.dirname(self.url)}"  # noqa: PTH120
         return found
 
-    def keys(self, prefix: str) -> list[str]:
-        """Keys that start with `prefix`, sorted. Bytes that are not UTF-8 become replacement characters."""
-        keys = self._call(f"list {prefix}", lambda kv: kv.list(ts.KvStore.KeyRange(prefix, _after(prefix))))
-        return sorted(key.decode(errors="replace") for key in keys)
+    def keys(self, *prefixes: str) -> list[str]:
+        """Keys that start with any of `prefixes`, sorted. Bytes that are not UTF-8 become replacement characters.
+
+        One listing of what these have in common: on local files the folder is read once, however many there are.
+        """
+        if not prefixes:
+            return []
+        common = os.path.commonprefix(prefixes)  # noqa: RUF071  keys are compared letter by letter
+        listed = self._call(f"list {common}", lambda kv: kv.list(ts.KvStore.KeyRange(common, _after(common))))
+        return sorted(key for key in (key.decode(errors="replace") for key in listed) if key.startswith(prefixes))
 
     def lock_files(self, folder: str = "") -> list[tuple[str, bool]]:
         """Keys of the lock files below the store or a folder of it, and whether a living writer holds each."""

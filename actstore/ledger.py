@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -51,6 +51,8 @@ TABLE_KEY = ".act/documents.json"
 MANIFEST_KEY = ".act/manifest.json"
 RANGES_KEY = ".act/ranges.json"
 SEAL_KEY = ".act/SEALED.json"
+WINDOW_BLOCKS = 1000
+"""Blocks whose names begin with the same five digits: as many as a bucket lists in one answer."""
 _MARKER_NAME = re.compile(r"[0-9]{8}\.json")
 
 
@@ -229,10 +231,22 @@ def marker_key(block: int, generation: int = 1) -> str:
     return f"{key_in(generation, MARKER_FOLDER)}{block:08d}.json"
 
 
-def committed_blocks(root: Root, plan: Plan) -> set[int]:
-    """Blocks that have a marker of the plan's generation: one listing, whose cost grows with the number of blocks."""
+def window_folder(folder: str, window: int) -> str:
+    """How the keys of a window of blocks begin, in a folder that has one object for each."""
+    return f"{folder}{window:05d}"
+
+
+def committed_blocks(root: Root, plan: Plan, *, windows: Iterable[int] | None = None) -> set[int]:
+    """Blocks that have a marker of the plan's generation: one listing, whose cost grows with the number of blocks.
+
+    Args:
+        root: place of the store.
+        plan: says which generation.
+        windows: only the blocks w * 1,000 to w * 1,000 + 999 of each w of these; None for all.
+    """
     folder = key_in(plan.generation, MARKER_FOLDER)
-    names = (key.removeprefix(folder) for key in root.keys(folder))
+    prefixes = [folder] if windows is None else [window_folder(folder, window) for window in windows]
+    names = (key.removeprefix(folder) for key in root.keys(*prefixes))
     return {int(name[:8]) for name in names if _MARKER_NAME.fullmatch(name)}
 
 

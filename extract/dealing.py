@@ -2,16 +2,20 @@
 
 Nothing is remembered between runs: what is pending is the plan minus its markers. A worker first computes its share,
 then what nobody has taken, then what others have had for too long.
+
+No worker needs to see all markers: it looks at windows of 1,000 blocks, of its share, and of a few more where it has
+run out. Of those that wait for others, one claims the sealing and looks at everything; the others wait for the seal.
 """
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from actstore.claims import Claims
 from actstore.errors import ActstoreError
 from actstore.kvstore import Root
-from actstore.ledger import committed_blocks, has_marker, is_sealed, seal
+from actstore.ledger import WINDOW_BLOCKS, committed_blocks, has_marker, is_sealed, seal
 from actstore.schema import Plan
 from extract.division import rest, share
 from extract.ranks import Rank
@@ -19,12 +23,17 @@ from extract.ranks import Rank
 PATIENCE_SECONDS = 60.0
 LONGEST_BLOCKS = 4  # others may take this many times as long as the longest block here
 POLL_SECONDS = (0.2, 5.0)  # the first and the longest wait for others
+WAITING_AT_ONCE = 100  # workers that look within a second, at most: of more, each waits longer
+WINDOWS_AT_ONCE = 4  # that a worker without blocks looks into before it waits
+CLAIMS_AT_ONCE = 16  # of others that it reads then
 REFRESH_SECONDS = 10.0
 REFRESH_SHARE = 0.02  # most of the time that may go into listing markers for progress
 
 
 class Dealer:
-    """Deals the blocks of a plan to this worker. Costs one listing at first, and 5 small requests for each block.
+    """Deals the blocks of a plan to this worker. Costs one listing of its share at first, 6 small requests for a block.
+
+    Worker 0 lists all markers instead, for the progress of the whole run.
 
     Args:
         root: place of the store.
@@ -40,29 +49,33 @@ class Dealer:
         self._longest = 0.0
         self._given: dict[int, float] = {}  # blocks in hand, and since when
         self._listed = self._listing = 0.0
+        self._watches = False
         self.committed: set[int] = set()
         """Blocks that are known to be committed."""
-        self._list()
+        self._share = share(plan.blocks, rank.rank, rank.workers)
+        self._open = set(_windows(plan.blocks))  # windows with blocks that are not known to be committed
+        self._look(self._open if rank.rank == 0 else _windows(self._share))
 
     def __iter__(self) -> Iterator[int | None]:
         """Yields blocks to compute; None where nothing can be taken now, before it waits. Ends when nothing is left."""
-        for block in share(self._plan.blocks, self._rank.rank, self._rank.workers):
+        for block in self._share:
             if self._take(block):
                 yield block
         turn, wait = 0, POLL_SECONDS[0]
-        while pending := self._pending():
-            taken = self._claims.taken(patience=self._patience)
-            free = [block for block in pending if block not in taken]
-            most = max(1, len(free) // (2 * self._rank.workers))
-            for block in rest(free, self._rank.rank, turn)[:most]:
+        while self._pending_elsewhere():
+            dealt = False
+            for block in self._free(turn):
                 if self._take(block):
-                    wait = POLL_SECONDS[0]
+                    dealt = True
                     yield block
             turn += 1
-            if not free:
-                yield None
-                time.sleep(wait)
-                wait = min(2 * wait, POLL_SECONDS[1])
+            if dealt:
+                wait = POLL_SECONDS[0]
+                continue
+            yield None
+            time.sleep(wait)
+            wait = min(2 * wait, self._longest_wait)
+            self._watch()
 
     def wanted(self, block: int) -> bool:
         """Whether a block that was dealt still has to be written: not if another worker took it over and did it."""
@@ -85,12 +98,15 @@ class Dealer:
         """Gives back every block in hand, of a run that ends before its time."""
         for block in list(self._given):
             self.release(block, committed=False)
+        if self._watches:
+            with contextlib.suppress(ActstoreError):
+                self._claims.release("seal")
 
     def refresh(self) -> None:
         """Looks what others have committed, now and then."""
         pause = max(REFRESH_SECONDS, self._listing / REFRESH_SHARE)
         if time.monotonic() - self._listed > pause:
-            self._list()
+            self._look(self._open)
 
     @property
     def samples_left(self) -> int:
@@ -110,15 +126,20 @@ class Dealer:
             waiting: called while another worker seals.
         """
         wait = POLL_SECONDS[0]
-        while not is_sealed(self._root, self._plan):
-            if not self._pending_of_all() and self._claims.take("seal", patience=self._patience):
-                complete()
-                seal(self._root, self._plan)
-                self._claims.clear()
-                return
-            waiting()
-            time.sleep(wait)
-            wait = min(2 * wait, POLL_SECONDS[1])
+        try:
+            while not is_sealed(self._root, self._plan):
+                if self._sees_all_committed():
+                    complete()
+                    seal(self._root, self._plan)
+                    self._watches = False
+                    self._claims.clear()
+                    return
+                waiting()
+                time.sleep(wait)
+                wait = min(2 * wait, self._longest_wait)
+        except BaseException:
+            self.give_back()
+            raise
 
     @property
     def _patience(self) -> float:
@@ -131,18 +152,69 @@ class Dealer:
         self._given[block] = time.monotonic()
         return self.wanted(block)
 
-    def _pending(self) -> list[int]:
-        """Blocks that are neither committed nor in hand."""
-        self._list()
-        return [block for block in self._plan.blocks if block not in self.committed and block not in self._given]
+    @property
+    def _longest_wait(self) -> float:
+        return max(POLL_SECONDS[1], self._rank.workers / WAITING_AT_ONCE)
 
-    def _pending_of_all(self) -> bool:
-        """Whether a block is not committed, be it in hand of another member of this worker's group."""
-        self._list()
-        return len(self.committed) < len(self._plan.blocks)
+    def _pending_elsewhere(self) -> bool:
+        """Whether a block is neither committed nor in hand, as far as this worker knows."""
+        in_hand = sum(block not in self.committed for block in list(self._given))
+        return len(self.committed) + in_hand < len(self._plan.blocks)
 
-    def _list(self) -> None:
-        started = time.monotonic()
-        self.committed.update(committed_blocks(self._root, self._plan))
+    def _free(self, turn: int) -> list[int]:
+        """What to try next: blocks of one window that nobody has, or else some that others have had for too long."""
+        others: list[int] = []
+        for window in rest(sorted(self._open), self._rank.rank, turn)[:WINDOWS_AT_ONCE]:
+            self._look([window])
+            pending = [
+                block for block in _inside(self._plan.blocks, window)
+                if block not in self.committed and block not in self._given
+            ]  # fmt: skip
+            if not pending:
+                continue
+            claimed = self._claims.claimed(window)
+            if free := [block for block in pending if block not in claimed]:
+                rivals = math.ceil(self._rank.workers / len(self._open))
+                return rest(free, self._rank.rank, turn)[: max(1, len(free) // (2 * rivals))]
+            others += pending
+        some = rest(sorted(others), self._rank.rank, turn)[:CLAIMS_AT_ONCE]
+        return self._claims.over(some, patience=self._patience)
+
+    def _watch(self) -> None:
+        """Looks whether all is done, where there is more than a turn looks at."""
+        if len(self._open) <= WINDOWS_AT_ONCE:
+            return
+        if is_sealed(self._root, self._plan):
+            self.committed.update(self._plan.blocks)
+        else:
+            self._sees_all_committed()
+
+    def _sees_all_committed(self) -> bool:
+        """Whether this worker watches over the end, and all blocks are committed, also those of its group's others."""
+        self._watches = self._claims.take("seal", patience=self._patience)
+        if self._watches:
+            self._look(self._open)
+        return self._watches and not self._open
+
+    def _look(self, windows: Iterable[int]) -> None:
+        """Lists the markers of some windows."""
+        windows, blocks, started = sorted(windows), self._plan.blocks, time.monotonic()
+        whole = windows == list(_windows(blocks))
+        found = committed_blocks(self._root, self._plan, windows=None if whole else windows)
+        self.committed.update(block for block in found if block in blocks)
+        self._open.difference_update(
+            window for window in windows if self.committed.issuperset(_inside(blocks, window))
+        )  # fmt: skip
         self._listed = time.monotonic()
         self._listing = self._listed - started
+
+
+def _windows(blocks: Sequence[int]) -> range:
+    """The windows in which neighbouring blocks lie."""
+    return range(blocks[0] // WINDOW_BLOCKS, blocks[-1] // WINDOW_BLOCKS + 1) if blocks else range(0)
+
+
+def _inside(blocks: range, window: int) -> range:
+    """Those of the blocks that lie in a window."""
+    first = window * WINDOW_BLOCKS
+    return range(max(blocks.start, first), min(blocks.stop, first + WINDOW_BLOCKS))

@@ -280,7 +280,8 @@ def test_claims_of_the_dead_and_broken_ones_do_not_count(begun: Root) -> None:
     alive = dead.model_copy(update={"process": os.getppid()})
     for block, data in {3: dead.to_json(), 5: b"{", 6: b"", 20: alive.to_json()}.items():
         begun.write(claims._key(block), data)
-    assert claims.taken(patience=60.0) == {20}
+    assert claims.claimed(0) == {3, 5, 6, 20}
+    assert claims.over([3, 5, 6, 7, 20], patience=60.0) == [3, 5, 6, 7]
     assert [block for block in (3, 5, 6, 20) if claims.take(block, patience=60.0)] == [3, 5, 6]
     assert claims.take(20, patience=0.0)
 
