@@ -161,27 +161,53 @@ def workers(
     ] = None,
     coordinator: Annotated[
         str | None,
-        typer.Option(help="HOST:PORT of process 0, only for a --mesh that spans processes: they compute together"),
+        typer.Option(
+            help="HOST:PORT of process 0, or auto for what the launcher says; only for a --mesh that spans processes: "
+            "they compute together"
+        ),
     ] = None,
+    launcher: Annotated[
+        str,
+        typer.Option(help="what says which process this is: auto, openmpi, slurm, tpu (GKE too), kubernetes or none"),
+    ] = "auto",
 ) -> "Rank":
     """Which worker this process is. Joins the others where they compute together, before anything else of JAX.
+
+    On a host of a TPU slice a process that does not join the others takes the chips of its own host.
 
     Raises:
         InputError: options or a launcher's variables that do not fit; others that cannot be reached.
     """
-    from extract.mesh import join
     from extract.ranks import resolve
+    from extract.tpu_vm import TpuVm
 
-    rank = resolve(process_id, num_processes, os.environ)
+    machine = TpuVm(os.environ)
+    rank = resolve(process_id, num_processes, machine, launcher=launcher)
     if coordinator is not None:
-        if not re.fullmatch(r"[^\s:/]+:[0-9]{1,5}", coordinator):
-            raise InputError(f"--coordinator is {coordinator!r}; expected HOST:PORT of process 0, such as host-0:8476")
-        if rank.workers == 1:
-            raise InputError(
-                "--coordinator was given, and this is process 0 of 1; give --num-processes and --process-id"
-            )
-        join(coordinator, processes=rank.workers, process=rank.rank)
+        _join(rank, coordinator)
+    elif rank.workers > 1 and launcher != "none":
+        os.environ.update(machine.alone())
     return rank
+
+
+def _join(rank: "Rank", coordinator: str) -> None:
+    """Makes this process one of several that compute together.
+
+    Raises:
+        InputError: nobody says where process 0 is, or it cannot be reached.
+    """
+    from extract.mesh import join
+
+    place = rank.coordinator if coordinator == "auto" else coordinator
+    if rank.workers == 1:
+        raise InputError("--coordinator was given, and this is process 0 of 1; give --num-processes and --process-id")
+    if place is None:
+        raise InputError(
+            f"--coordinator is auto, and this is {rank}: nothing says where process 0 is; give --coordinator HOST:PORT"
+        )
+    if not re.fullmatch(r"[^\s:/]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", place):
+        raise InputError(f"--coordinator is {place!r}; expected HOST:PORT of process 0, such as host-0:8476, or auto")
+    join(place, processes=rank.workers, process=rank.rank)
 
 
 def chosen(function: Callable[..., Any], given: dict[str, Any]) -> Any:
