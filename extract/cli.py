@@ -122,6 +122,8 @@ def append(
 
 def _run(decided: "ExtractPlan", store: str, rank: "Rank", *, as_json: bool) -> None:
     """Runs a plan and says what was done."""
+    if rank.workers > 1:
+        typer.echo(str(rank), err=True)
     if rank.rank == 0:
         typer.echo(decided.describe(), err=True)
     state = run_with_progress(decided, store, rank=rank)

@@ -258,6 +258,7 @@ def test_the_command_finds_its_number_by_the_metadata_server(tmp_path: Path) -> 
         for worker in ("0", "1"):
             host = servers.enter_context(metadata_server(NEW | {"agent-worker-number": worker}))
             environ = os.environ | ON_TPU | {"GCE_METADATA_IP": host, "JAX_PLATFORMS": "cpu"}
+            environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX sets it in this process, which has no TPU
             processes.append(
                 subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
             )
