@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    folder: str | Path, *, dtype: str | None = None, mesh: tuple[int, int] = (1, 1), attention: str = "chunked"
+    folder: str | Path, *, dtype: str | None = None, mesh: tuple[int, int] = (1, 1), attention: str | None = None
 ) -> "Model":
     """Loads a model from its HuggingFace folder, each device its own part of the weights.
 
@@ -23,21 +23,27 @@ def load_model(
             name of a model, see `model_folder`.
         dtype: to compute in; None takes float32 on CPUs and bfloat16 on accelerators.
         mesh: devices of this process as (data, model), as in `make_plan`; (1, 1) is JAX's default device.
-        attention: the kernel of the forward passes: "chunked" anywhere, "splash" on TPUs, "cudnn" on NVIDIA GPUs.
+        attention: the kernel of the forward passes: "chunked" anywhere, "splash" on TPUs, "cudnn" on NVIDIA GPUs; None
+            takes cudnn where it can compute the model, and chunked elsewhere.
 
     Raises:
         InputError: the folder, its config or its weights are not what a supported family has; or there are not as many
             devices, or their mesh does not fit the model, or the kernel fits neither or one of them.
     """
     from extract.models import load_model as load
-    from extract.models.kernels import check_kernel
+    from extract.models.kernels import check_kernel, default_kernel
 
     devices, here = make_mesh(*mesh), local_devices()
     dtype = dtype or here.compute_dtype
     try:
-        check_kernel(attention, platform=here.platform, dtype=dtype)  # before minutes of reading weights
-        loaded = dataclasses.replace(load(folder, dtype=dtype, mesh=devices), attention=attention)
+        if attention is not None:
+            check_kernel(attention, platform=here.platform, dtype=dtype)  # before minutes of reading weights
+        loaded = load(folder, dtype=dtype, mesh=devices)
+        attention = attention or default_kernel(
+            platform=here.platform, capability=here.capability, dtype=dtype, config=loaded.config, model=mesh[1]
+        )
         check_kernel(attention, platform=here.platform, dtype=dtype, config=loaded.config, model=mesh[1])
+        loaded = dataclasses.replace(loaded, attention=attention)
     except ModelError as error:
         raise InputError(f"{error}{_hint(str(folder))}") from None
     if (known := hub_identity(Path(folder))) is None:
@@ -61,7 +67,7 @@ def loaded_for(
         InputError: as in `load_model`; or the mesh or the attention is given with a model that is loaded already.
     """
     if model is None:
-        return load_model(folder, dtype=dtype, mesh=mesh or default_mesh(batch), attention=attention or "chunked")
+        return load_model(folder, dtype=dtype, mesh=mesh or default_mesh(batch), attention=attention)
     if mesh is not None:
         raise InputError(
             f"mesh is {mesh}, but the model is loaded already and lies where it lies; give the mesh to load_model"

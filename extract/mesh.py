@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ class Devices:
     platform: str
     count: int
     kind: str
+    capability: float | None = None
+    """Compute capability of an NVIDIA GPU, such as 9.0."""
 
     @property
     def compute_dtype(self) -> str:
@@ -47,7 +50,9 @@ def local_devices() -> Devices:
     import jax
 
     devices = jax.local_devices()
-    return Devices(devices[0].platform, len(devices), devices[0].device_kind)
+    capability = str(getattr(devices[0], "compute_capability", ""))  # such as 9.0; another maker's is such as gfx90a
+    known = float(capability) if re.fullmatch(r"[0-9]+\.[0-9]", capability) else None
+    return Devices(devices[0].platform, len(devices), devices[0].device_kind, known)
 
 
 def join(coordinator: str, *, processes: int, process: int) -> None:

@@ -138,7 +138,9 @@ def places(
     ] = None,
     attention: Annotated[
         str | None,
-        typer.Option(help="kernel: chunked (default), splash on TPUs, cudnn on NVIDIA GPUs; part of the plan"),
+        typer.Option(
+            help="kernel: chunked anywhere, splash on TPUs, cudnn on NVIDIA GPUs (default there); part of the plan"
+        ),
     ] = None,
 ) -> dict[str, Any]:
     """What is computed and how it is stored, as `make_plan` takes it.

@@ -196,8 +196,8 @@ def make_plan(
         mesh: devices of this process as (data, model): the batch is dealt out along the first, heads and MLPs are cut
             along the second. None takes as many as divide the batch, on the first. It is no part of the plan: a run may
             be continued on another mesh, whose rows differ in their last bits.
-        attention: the kernel that computes attention, as in `load_model`; None is the portable one. It is part of the
-            plan.
+        attention: the kernel that computes attention, as in `load_model`, which chooses where it is None. It is part of
+            the plan.
         model: the model of `folder` where it is loaded already, on the mesh that it lies on; None loads it.
         bos: what goes before every text: `model` for what its tokenizer puts there, `always` or `never`.
         eos: what goes after every text: `always` or `never`.

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 from batches_of_segments import relative_error
 
+import actstore
 import extract
 from actstore.errors import InputError
 from extract.forward import make_forward
 from extract.loaded import load_model
+from extract.loop import run
+from extract.mesh import toward_host
 from extract.models import ModelError, Tap
 from extract.models.attention import AttentionRule, attend
 from extract.models.families import family_of
-from extract.models.kernels import KERNELS, attend_cudnn, attend_splash, check_kernel, kernel_of
+from extract.models.kernels import KERNELS, attend_cudnn, attend_splash, check_kernel, default_kernel, kernel_of
 from extract.plan import make_plan
 from extract.sources import open_documents
 
@@ -107,6 +110,26 @@ def test_a_kernel_that_cannot_be_used_is_refused(name, settings, message):
         check_kernel(name, **(SETTINGS | settings))
 
 
+HOPPER = {"platform": "gpu", "capability": 9.0, "dtype": "bfloat16", "config": dataclasses.replace(PLAIN, head_dim=64)}
+DEFAULTS = {
+    "Hopper": ({}, "cudnn"),
+    "a CPU": ({"platform": "cpu", "capability": None}, "chunked"),
+    "a TPU": ({"platform": "tpu", "capability": None}, "chunked"),
+    "an older GPU": ({"capability": 7.5}, "chunked"),
+    "a GPU of another maker": ({"capability": None}, "chunked"),
+    "float32": ({"dtype": "float32"}, "chunked"),
+    "a soft cap": ({"config": CONFIG}, "chunked"),
+    "wide heads": ({"config": dataclasses.replace(PLAIN, head_dim=256)}, "chunked"),
+    "odd heads": ({"config": dataclasses.replace(PLAIN, head_dim=20)}, "chunked"),
+    "key heads that the mesh does not divide": ({"model": 4}, "chunked"),
+}
+
+
+@pytest.mark.parametrize(("changed", "kernel"), DEFAULTS.values(), ids=DEFAULTS)
+def test_the_kernel_of_a_run_that_names_none(changed, kernel):
+    assert default_kernel(**(HOPPER | changed)) == kernel
+
+
 def test_kernels_by_their_names():
     for name, device in KERNELS.items():
         check_kernel(name, platform=device.lower(), dtype="bfloat16", config=PLAIN, model=2)
@@ -151,3 +174,29 @@ def test_cudnn_on_a_gpu(rule):
     used = np.asarray(arguments[3]) > 0
     found, expected = (np.asarray(each(*arguments, rule=rule), np.float32)[used] for each in (attend_cudnn, attend))
     np.testing.assert_allclose(found, expected, atol=0.05)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="NOT CHECKED: rows that leave an NVIDIA GPU need one")
+def test_a_run_on_a_gpu(tmp_path):
+    """cuDNN is the default; rows come through pinned memory; the store holds what float32 gives, within bfloat16."""
+    plan = make_plan(TINY, open_documents("python-docs", limit=20), layers=[1, 3], context=256)
+    assert plan.model.attention == "cudnn"
+    run(plan, str(tmp_path / "run.acts.zarr"))
+    store = actstore.open(str(tmp_path / "run.acts.zarr"))
+    store.verify()
+    exact = load_model(TINY, dtype="float32")
+    found = store.dataset().resid_post.sel(layer=3).values
+    contexts = plan.contexts(0)
+    forward = make_forward(exact, [Tap("resid_post", 3)], dtype="float32")
+    kept = np.flatnonzero(contexts.kept)
+    inputs_of = (contexts.token_ids, contexts.segment_ids, contexts.positions)
+    (expected,) = np.asarray(forward(exact.params, *inputs_of, kept)["resid_post"])
+    errors = relative_error(found[: len(kept)], expected)
+    assert 1e-4 < errors.mean() < 0.02
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="NOT CHECKED: pinned memory is beside an NVIDIA GPU")
+def test_rows_of_a_gpu_are_pinned():
+    rows = toward_host(jnp.ones((4, 4)))
+    assert rows.sharding.memory_kind == "pinned_host"
+    np.testing.assert_array_equal(np.asarray(rows), np.ones((4, 4)))

@@ -20,6 +20,9 @@ from extract.models.placement import DATA, MODEL
 KERNELS = {"chunked": "any device", "splash": "TPU", "cudnn": "GPU"}
 """What can be chosen, and where it runs."""
 
+CUDNN_CAPABILITY, CUDNN_HEAD_DIM = 8.0, 128
+"""From which GPUs on, and up to which width of heads, cuDNN's kernel is sure to be there. Hopper's has wider ones."""
+
 SPLASH_BLOCK = 128
 """Tokens of a block of the splash kernel, and what sequences are padded to a multiple of."""
 
@@ -59,6 +62,31 @@ def check_kernel(name: str, *, platform: str, dtype: str, config: DecoderConfig 
             "an axis that divides them, since the kernel computes whole heads; use a smaller one, or leave the "
             "attention out"
         )
+
+
+def default_kernel(
+    *, platform: str, capability: float | None, dtype: str, config: DecoderConfig, model: int = 1
+) -> str:
+    """The kernel of a run that names none: cuDNN's where it can compute the model, else the portable one.
+
+    On an H100 passes with cuDNN's are 1.5 times as fast, and it compiles in seconds what takes XLA minutes.
+
+    Args:
+        platform: of the devices.
+        capability: compute capability of an NVIDIA GPU; None for others.
+        dtype: that the model computes in.
+        config: of the model.
+        model: size of the mesh's axis `model`.
+    """
+    if platform != "gpu" or (capability or 0.0) < CUDNN_CAPABILITY:
+        return "chunked"
+    if config.head_dim > CUDNN_HEAD_DIM or config.head_dim % 8:
+        return "chunked"
+    try:
+        check_kernel("cudnn", platform=platform, dtype=dtype, config=config, model=model)
+    except ModelError:
+        return "chunked"
+    return "cudnn"
 
 
 def kernel_of(name: str, mesh: Mesh | None) -> Attend:
