@@ -38,6 +38,8 @@ class Claim(StoredDocument):
     """Of the worker among those that were started with it, from 0."""
     since: Annotated[float, pydantic.Field(ge=0)]
     """Seconds since 1970 by the clock of the host."""
+    samples_per_second: Annotated[float, pydantic.Field(ge=0)] | None = None
+    """Of the worker since it began; None before its first block is done."""
 
 
 class Claims:
@@ -46,6 +48,8 @@ class Claims:
     def __init__(self, root: Root, plan: Plan, *, rank: int = 0) -> None:
         self._root, self._folder, self._rank = root, key_in(plan.generation, CLAIM_FOLDER), rank
         self.worker, self._host = secrets.token_hex(8), socket.gethostname()
+        self.samples_per_second: float | None = None
+        """What the next claims say of this worker's speed."""
 
     def take(self, work: int | Literal["seal"], *, patience: int | float) -> bool:
         """Whether this worker has the block now: nobody else had it, or its worker is dead or older than `patience`.
@@ -110,8 +114,9 @@ class Claims:
 
     def _mine(self) -> Claim:
         return Claim(
-            format=FORMAT, worker=self.worker, host=self._host, process=os.getpid(), rank=self._rank, since=time.time()
-        )
+            format=FORMAT, worker=self.worker, host=self._host, process=os.getpid(), rank=self._rank, since=time.time(),
+            samples_per_second=self.samples_per_second,
+        )  # fmt: skip
 
     def _over(self, claim: Claim, patience: int | float) -> bool:
         """Whether a claim of another worker counts no more."""

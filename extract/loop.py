@@ -43,6 +43,10 @@ class Progress:
     samples_computed: int
     bytes_written: int
     seconds: float
+    blocks_committed: int = 0
+    """Of the whole store."""
+    tokens_computed: int = 0
+    """That the model saw; rows are those of them that are kept."""
     rank: int = 0
     workers: int = 1
     seconds_for_storage: float = 0.0
@@ -54,8 +58,18 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Samples computed by this process per second, compilation included."""
-        return self.samples_computed / max(self.seconds, 1e-9)
+        """Tokens computed by this process per second, compilation included."""
+        return self.tokens_computed / max(self.seconds, 1e-9)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes of rows handed to the storage by this process per second."""
+        return self.bytes_written / max(self.seconds, 1e-9)
+
+    @property
+    def share_for_storage(self) -> float:
+        """Part of the time that went into waiting for the storage."""
+        return self.seconds_for_storage / max(self.seconds, 1e-9)
 
     @property
     def limit(self) -> str:
@@ -100,7 +114,7 @@ def run(
     root, group = Root.of(url), Group.of(plan.model.mesh)
     if is_sealed(root, plan.store):
         blocks = len(plan.store.blocks)
-        return _report(progress, Progress(blocks, blocks, 0, 0, 0, 0, 0.0))
+        return _report(progress, Progress(blocks, blocks, 0, 0, 0, 0, 0.0, blocks_committed=blocks))
     if group.groups * group.members > 1 or rank is None:
         rank = Rank(group.number, group.groups, "jax.distributed")
     with Writer(root, plan.store, seal=False, assets=plan.assets) as writer:
@@ -125,7 +139,7 @@ def run(
             raise StoppedError(reason)
 
     dealer.finish(complete, waiting)
-    return _report(progress, dataclasses.replace(state, samples_left=0))
+    return _report(progress, dataclasses.replace(state, samples_left=0, blocks_committed=state.blocks))
 
 
 class _Run:
@@ -148,6 +162,7 @@ class _Run:
         sites = added_sites(plan.store)
         self._sample_bytes = sum(site.sample_bytes for site in sites)
         self._in_hand: dict[int, int] = {}  # samples that were computed, by block, until that is committed
+        self._counted = -1  # first sample of the pass whose tokens were counted last: two blocks may share it
         self._state = Progress(
             blocks=len(plan.store.blocks), blocks_before=len(dealer.committed), blocks_computed=0,
             samples_left=0, samples_computed=0, bytes_written=0, seconds=0.0, rank=rank.rank, workers=rank.workers,
@@ -169,7 +184,9 @@ class _Run:
                             buffer = next(buffers).begin(*plan.store.block_range(step.block))
                     with self._stages.on("host"):
                         filled = buffer.fill(step.first, step.rows, step.contexts)
-                    self._add(samples_computed=filled)
+                    tokens = int(step.contexts.filled.sum()) if step.first != self._counted else 0
+                    self._counted = step.first
+                    self._add(samples_computed=filled, tokens_computed=tokens)
                     self._in_hand[step.block] = self._in_hand.get(step.block, 0) + filled
                     if buffer.full:
                         self._write(step.block, buffer)
@@ -211,6 +228,7 @@ class _Run:
         left = self._dealer.samples_left - sum(self._in_hand.values())
         self._state = dataclasses.replace(
             self._state, seconds=time.perf_counter() - self._started, samples_left=left,
+            blocks_committed=len(committed),
             seconds_for_storage=seconds["storage"], seconds_for_device=seconds["device"],
             seconds_for_host=seconds["host"],
         )  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from actstore.errors import InputError, WorkerLostError
+from actstore.logs import error_line
 
 if TYPE_CHECKING:
     import jax
@@ -93,7 +94,7 @@ def _end_with_75_when_others_are_lost() -> None:
     """
 
     def end(_: int) -> None:
-        os.write(2, f"error: {_LOST}\n".encode())
+        os.write(2, error_line(_LOST).encode())
         os._exit(WorkerLostError.exit_code)
 
     _HANDLERS.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(end))

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 import typer
 
 from actstore.errors import InputError
+from actstore.logs import log_as_json, logs_json
 
 if TYPE_CHECKING:
     from extract.ranks import Rank
     from extract.sources import Documents, OnError
 
+MOST_PORTS = 1 << 16
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -185,11 +187,33 @@ def workers(
 
     machine = TpuVm(os.environ)
     rank = resolve(process_id, num_processes, machine, launcher=launcher)
+    if logs_json():
+        log_as_json(worker=rank.rank, workers=rank.workers)
     if coordinator is not None:
         _join(rank, coordinator)
     elif rank.workers > 1 and launcher != "none":
         os.environ.update(machine.alone())
     return rank
+
+
+def reporting(
+    log: Annotated[str, typer.Option(help="on standard error: text, or json for one object a line")] = "text",
+    metrics_port: Annotated[
+        int | None, typer.Option(help="serve metrics for Prometheus on this port of all interfaces while it runs")
+    ] = None,
+) -> int | None:
+    """The port for metrics; sets up the log.
+
+    Raises:
+        InputError: another kind of log, or no port.
+    """
+    if log not in ("text", "json"):
+        raise InputError(f"--log is {log!r}; expected text or json")
+    if log == "json":
+        log_as_json()
+    if metrics_port is not None and not 0 < metrics_port < MOST_PORTS:
+        raise InputError(f"--metrics-port is {metrics_port}; expected 1 to {MOST_PORTS - 1}")
+    return metrics_port
 
 
 def _join(rank: "Rank", coordinator: str) -> None:

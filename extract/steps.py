@@ -90,7 +90,7 @@ def forward_steps(
         nonlocal reason
         reason = reason or stopping() or ""
         stops = group.total(int(bool(reason)))
-        with stages.on("host"):
+        with stages.on("host") if latest is not None else contextlib.nullcontext():  # the first one compiles
             contexts = plan.contexts(number)
             kept = np.zeros(places, np.int32)
             kept[: len(contexts.documents)] = np.flatnonzero(contexts.kept)

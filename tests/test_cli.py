@@ -53,14 +53,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     summary = json.loads(done.stdout)
     assert summary["blocks_computed"] == summary["blocks"] > 2
-    assert re.search(r"^extract: [\d,]+ of [\d,]+ samples, [\d,]+ tokens/s, \d+\.\d MB written$", done.stderr, re.M)
+    shown = (
+        r"^extract: [\d,]+ of [\d,]+ samples, [\d,]+ tokens/s, \d+\.\d MB written, \d+\.\d [kM]B/s, \d+% waiting for "
+    )
+    assert re.search(shown + r"storage, limited by the (storage|device|host)$", done.stderr, re.M)
     assert "\x1b" not in done.stderr + done.stdout, "no bars and colours where there is no terminal"
     return url
 
 
 COMMANDS = [
-    "info", "head", "verify", "repair", "abandon", "gc", "bench", "plan", "extract", "append", "generate", "demo",
-    "arc",
+    "info", "head", "verify", "repair", "abandon", "gc", "watch", "bench", "plan", "extract", "append", "generate",
+    "demo", "arc",
 ]  # fmt: skip
 WITHIN = {"arc": ["transform", "prompts", "score"]}
 WHOLE = [f"{name} {part}".strip() for name in COMMANDS for part in WITHIN.get(name, [""])]

@@ -15,13 +15,14 @@ import actstore
 from actstore.card import human_bytes
 from actstore.errors import CorruptStoreError, InputError
 from actstore.terminal import Work
-from extract.console import run_with_progress
+from extract.console import RunConsole
 from extract.demo.features import Firing, TopSamples, count_firing, pick_features, top_samples, write_features
 from extract.demo.plot import plot_loss
 from extract.demo.sae import TrainedSAE, train_sae
 from extract.demo.smollm2 import ModelFetchError
 from extract.documents import Document
 from extract.plan import make_plan
+from extract.ranks import Rank
 from extract.sources import open_documents
 
 CHARACTERS_PER_TOKEN = 4  # of English text and BPE; only the size of the demo depends on it
@@ -103,7 +104,7 @@ def _extract(folder: Path, documents: Sequence[Document], url: Path, say: Say) -
     with Work("tokenise", unit="documents") as work:
         plan = make_plan(folder, documents, block_samples=BLOCK_SAMPLES, progress=work.update)
     say(plan.describe())
-    state = run_with_progress(plan, str(url))
+    state = RunConsole(Rank()).run(plan, str(url))
     say(
         f"   {state.blocks_computed} of {state.blocks} blocks computed, {state.blocks_before} were there before; "
         f"{state.tokens_per_second:,.0f} tokens/s, {human_bytes(state.bytes_written)} written"
