@@ -10,6 +10,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from servers.everywhere import Started, started  # noqa: E402
 from stores import Contents, make_contents  # noqa: E402
 
 settings.register_profile("shared", deadline=None, max_examples=40)  # a busy machine is not a failure
@@ -32,6 +33,13 @@ def finished(contents: Contents, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def unfinished(contents: Contents, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of `contents` with blocks 1 and 3 only. Shared by all tests: read it, never change it."""
     return contents.write(tmp_path_factory.mktemp("unfinished") / "run.acts.zarr", blocks=[3, 1], seal=False)
+
+
+@pytest.fixture(scope="session")
+def started_servers() -> Iterator[Started]:
+    """Servers with buckets by name, each started when a test first asks for it. Use prefixes of your own."""
+    with started() as servers:
+        yield servers
 
 
 @pytest.fixture
