@@ -93,7 +93,11 @@ def make_forward(model: Model, taps: Iterable[Tap], *, dtype: str) -> Forward:
         raise ModelError("found no taps; expected at least one; pass for example [Tap('final_norm', None)]")
     if dtype not in DTYPES:
         raise ModelError(f"found dtype {dtype!r}; expected one of {', '.join(DTYPES)}; pass dtype='bfloat16'")
-    graph, layers, kernel = model.graph, _layers_by_site(wanted), kernel_of(model.attention, model.mesh)
+    graph, layers, kernel = (
+        model.graph,
+        _layers_by_site(wanted),
+        kernel_of(model.attention, model.mesh, platform=model.platform),
+    )
 
     def forward(
         params: Params,

@@ -14,6 +14,9 @@ from batches_of_segments import relative_error
 import actstore
 import extract
 from actstore.errors import InputError
+from actstore.kvstore import Root
+from actstore.ledger import read_plan
+from actstore.verify import verify
 from extract.forward import make_forward
 from extract.loaded import load_model
 from extract.loop import run
@@ -133,7 +136,8 @@ def test_the_kernel_of_a_run_that_names_none(changed, kernel):
 def test_kernels_by_their_names():
     for name, device in KERNELS.items():
         check_kernel(name, platform=device.lower(), dtype="bfloat16", config=PLAIN, model=2)
-    assert [kernel_of(name, None) for name in KERNELS] == [attend, attend_splash, attend_cudnn]
+    kernels = [kernel_of(name, None, platform="cpu") for name in KERNELS]
+    assert kernels == [attend, attend_splash, attend_cudnn]
     check_kernel("chunked", platform="cpu", dtype="float32", config=CONFIG, model=4)
 
 
@@ -151,10 +155,23 @@ def test_a_plan_says_which_kernel(monkeypatch):
     assert other.fingerprint != plain.fingerprint
 
 
+def test_the_portable_kernel_takes_longer_runs_of_rows_on_a_gpu():
+    arguments = inputs(1100, heads=2, kv_heads=1)
+    rule = RULES["a window"]
+    there = kernel_of("chunked", None, platform="gpu")
+    traced = [str(jax.make_jaxpr(partial(kernel, rule=rule))(*arguments)) for kernel in (there, attend)]
+    assert [text.count("scan[") + text.count("while[") for text in traced] == [0, 4]
+    used = np.asarray(arguments[3]) > 0
+    found, expected = (np.asarray(kernel(*arguments, rule=rule)) for kernel in (there, attend))
+    np.testing.assert_allclose(found[used], expected[used], atol=1e-5)
+
+
 def test_the_forward_pass_computes_with_the_kernel(monkeypatch):
     """Splash, interpreted, in a whole model: rows are those of the portable kernel, within rounding."""
     interpreted = partial(attend_splash, interpret=True)
-    monkeypatch.setattr("extract.forward.kernel_of", lambda name, mesh: interpreted if name == "splash" else attend)
+    monkeypatch.setattr(
+        "extract.forward.kernel_of", lambda name, mesh, platform: interpreted if name == "splash" else attend
+    )
     model, taps = load_model(TINY), [Tap("resid_post", 3)]
     token_ids = np.random.default_rng(0).integers(0, 1024, (2, 160))
     segments = np.repeat([[1, 2]], [100, 60], axis=1).repeat(2, axis=0)
@@ -182,8 +199,9 @@ def test_a_run_on_a_gpu(tmp_path):
     plan = make_plan(TINY, open_documents("python-docs", limit=20), layers=[1, 3], context=256)
     assert plan.model.attention == "cudnn"
     run(plan, str(tmp_path / "run.acts.zarr"))
+    root = Root.of(tmp_path / "run.acts.zarr")
+    assert verify(root, read_plan(root)).findings == ()
     store = actstore.open(str(tmp_path / "run.acts.zarr"))
-    store.verify()
     exact = load_model(TINY, dtype="float32")
     found = store.dataset().resid_post.sel(layer=3).values
     contexts = plan.contexts(0)

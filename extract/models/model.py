@@ -50,6 +50,12 @@ class Model:
     revision: str | None = None
     attention: str = "chunked"
 
+    @property
+    def platform(self) -> str:
+        """Kind of the devices that the parameters lie on: "cpu", "gpu" or "tpu"."""
+        (first, *_) = jax.tree.leaves(self.params)
+        return next(iter(first.devices())).platform
+
     def apply(
         self,
         params: Params,
