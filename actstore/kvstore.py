@@ -37,6 +37,7 @@ SUFFIX = ".acts.zarr"
 TIMEOUT_SECONDS = 600.0  # of one request; local storage that takes longer than this is not coming back
 MAX_OBJECT_BYTES = 16 << 20  # of plan, marker, metadata: those of 10^6 samples have a few kB
 READS_AT_ONCE = 64  # of small objects
+CREATE_TRIES = 8  # of an object that others remove as soon as it is there, as claims are
 _FILE_THREADS = 16  # measured: 4.5 GB/s against 2.4 GB/s with the default of one per core, warm local files
 
 _KIND_OF_ERRNO: dict[int, type[StorageError]] = {
@@ -154,16 +155,27 @@ class Root:
     def create(self, key: str, value: bytes) -> bytes:
         """Writes the object under `key` unless there is one, and returns what is there afterwards.
 
-        Reads back in every case: a conditional write whose answer was lost is reported as lost although it won.
+        Reads back in every case: a conditional write whose answer was lost is reported as lost although it won. What
+        another process removes in between is written again.
+
+        Raises:
+            StorageError: it is gone each time.
         """
         self._look(key, MAX_OBJECT_BYTES)
         found = self._call(f"read {key}", lambda kv: kv.read(key))
-        if found.state != "value":
+        for _ in range(CREATE_TRIES):
+            if found.state == "value":
+                return bytes(found.value)
             self.refuse_link(key)
             generation = found.stamp.generation
-            self._call(f"write {key}", lambda kv: kv.write(key, value, if_equal=generation))
+            self._call(f"write {key}", lambda kv, generation=generation: kv.write(key, value, if_equal=generation))
             found = self._call(f"read {key}", lambda kv: kv.read(key))
-        return bytes(found.value)
+        if found.state == "value":
+            return bytes(found.value)
+        raise StorageError(
+            f"could not write {key} of {self.url}: it was gone each of {CREATE_TRIES} times; expected that it stays: "
+            "find out what removes it, then run the same command again"
+        )
 
     def hint(self, key: str) -> str:
         """What is here instead of a store, whose `key` is missing; and where one lies near by, as the end of a message.

@@ -15,7 +15,19 @@ from actstore.terminal import Work
 from extract import arc_cli
 from extract.console import RunConsole
 from extract.named import NAMED_MODELS, model_folder
-from extract.options import chosen, documents_of, layer_numbers, mesh_sizes, places, reading, reporting, takes, workers
+from extract.options import (
+    chosen,
+    documents_of,
+    layer_numbers,
+    limits,
+    mesh_sizes,
+    places,
+    reading,
+    reporting,
+    speeds,
+    takes,
+    workers,
+)
 
 if TYPE_CHECKING:
     from extract.completions import Written
@@ -46,7 +58,7 @@ def register(app: typer.Typer) -> None:
     arc_cli.register(app)
 
 
-@takes(documents_of, places, reading)
+@takes(documents_of, places, reading, speeds, limits)
 def plan(
     *,
     model: ModelOption,
@@ -56,17 +68,27 @@ def plan(
     as_json: JsonOption = False,
     **options: Any,
 ) -> None:
-    """Show what `extract` would compute and write, without computing."""
+    """Show what `extract` would compute and write, and what that takes, without computing it."""
+    from extract.pace import measure
+
+    known, most = chosen(speeds, options), chosen(limits, options)
     decided = _plan(model, options)
-    numbers, lines = decided.as_json(), decided.describe()
+    numbers, lines = decided.as_json(hosts=known.hosts), decided.describe(hosts=known.hosts)
+    if known.measured:
+        known = dataclasses.replace(known, tokens=measure(decided))
+    time = known.of(numbers["tokens_computed"], numbers["bytes"] + numbers["bytes_beside"])
+    if time.seconds is not None:
+        lines += f"\ntime       {time.describe()}, on {known.hosts:,} host{'s' * (known.hosts > 1)}"
+        numbers["time"] = {**dataclasses.asdict(known), **dataclasses.asdict(time), "limit": time.limit}
     if near_duplicates is not None:
         found = decided.near_duplicates(near_duplicates)
         numbers["near_duplicates"] = [dataclasses.asdict(group) for group in found]
         lines += "\n" + decided.describe_duplicates(found)
     typer.echo(json.dumps(numbers) if as_json else lines)
+    _refuse_more(decided, most)
 
 
-@takes(documents_of, places, reading, workers, reporting)
+@takes(documents_of, places, reading, workers, reporting, limits)
 def extract(
     *,
     store: Annotated[str, typer.Argument(metavar="STORE", help="where to write: a path that ends in .acts.zarr")],
@@ -79,14 +101,14 @@ def extract(
 
     port = chosen(reporting, options)
     Root.of(store).check_writable(0)  # before minutes of tokenising
-    rank = chosen(workers, options)
+    rank, most = chosen(workers, options), chosen(limits, options)
     if rank.workers > 1 and options["tokens_folder"] is not None:
         options["tokens_folder"] = str(Path(options["tokens_folder"]) / f"worker-{rank.rank}")
     with RunConsole.open(rank, metrics_port=port) as console:
-        _run(_plan(model, options), store, console, as_json=as_json)
+        _run(_plan(model, options), store, console, most=most, as_json=as_json)
 
 
-@takes(documents_of, workers, reporting)
+@takes(documents_of, workers, reporting, limits)
 def append(
     *,
     store: Annotated[str, typer.Argument(metavar="STORE", help="a finished store, run.acts.zarr")],
@@ -109,7 +131,7 @@ def append(
         raise InputError("give either --documents, or --layers and --sites for the documents that are there")
     if documents is None and (options["skip"] or options["limit"] is not None):
         raise InputError("--skip and --limit count documents from 0; give them with --documents")
-    devices, port = mesh_sizes(mesh), chosen(reporting, options)
+    devices, port, most = mesh_sizes(mesh), chosen(reporting, options), chosen(limits, options)
     with RunConsole.open(chosen(workers, options), metrics_port=port) as console:
         folder = folder_of(model)
         if documents is None:
@@ -120,13 +142,32 @@ def append(
             with Work("tokenise", unit="documents") as work:
                 decided = append_documents(store, folder, texts, mesh=devices, progress=work.update)
             _say_problems(texts)
-        _run(decided, store, console, as_json=as_json)
+        _run(decided, store, console, most=most, as_json=as_json)
 
 
-def _run(decided: "ExtractPlan", store: str, console: RunConsole, *, as_json: bool) -> None:
-    """Runs a plan and says what was done."""
+def _refuse_more(decided: "ExtractPlan", most: int | None) -> None:
+    """Refuses a plan that writes more bytes than were allowed.
+
+    Raises:
+        InputError: says how many.
+    """
+    size = decided.bytes
+    if most is not None and size > most:
+        raise InputError(
+            f"the run would write {human_bytes(size)} of activations, --max-bytes is {human_bytes(most)}; keep fewer "
+            "sites, layers or rows (--layers, --rows), or add --yes"
+        )
+
+
+def _run(decided: "ExtractPlan", store: str, console: RunConsole, *, most: int | None, as_json: bool) -> None:
+    """Runs a plan and says what was done.
+
+    Raises:
+        InputError: it writes more than `most` bytes.
+    """
     if console.rank.rank == 0:
         say("plan" if logs_json() else decided.describe(), **decided.as_json())
+    _refuse_more(decided, most)
     state = console.run(decided, store)
     summary = {
         "url": store, "blocks": state.blocks, "blocks_before": state.blocks_before,

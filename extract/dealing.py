@@ -27,6 +27,7 @@ POLL_SECONDS = (0.2, 5.0)  # the first and the longest wait for others
 WAITING_AT_ONCE = 100  # workers that look within a second, at most: of more, each waits longer
 WINDOWS_AT_ONCE = 4  # that a worker without blocks looks into before it waits
 CLAIMS_AT_ONCE = 16  # of others that it reads then
+SEAL_SECONDS = 0.002  # for a block, of sealing: 64 markers are read at a time, each within 0.1 s
 REFRESH_SECONDS = 10.0
 REFRESH_SHARE = 0.02  # most of the time that may go into listing markers for progress
 
@@ -217,7 +218,8 @@ class Dealer:
 
     def _sees_all_committed(self) -> bool:
         """Whether this worker watches over the end, and all blocks are committed, also those of its group's others."""
-        self._watches = self._claims.take("seal", patience=self._patience)
+        patience = max(self._patience, SEAL_SECONDS * len(self._plan.blocks))
+        self._watches = self._claims.take("seal", patience=patience)
         if self._watches:
             self._look(self._open)
         return self._watches and not self._open

@@ -12,6 +12,7 @@ from actstore.errors import InputError
 from actstore.logs import log_as_json, logs_json
 
 if TYPE_CHECKING:
+    from extract.costs import Speeds
     from extract.ranks import Rank
     from extract.sources import Documents, OnError
 
@@ -236,6 +237,49 @@ def _join(rank: "Rank", coordinator: str) -> None:
     join(place, processes=rank.workers, process=rank.rank)
 
 
+def limits(
+    max_bytes: Annotated[
+        str, typer.Option(help="refuse to write more than this, such as 100GB, before anything is computed")
+    ] = "1TB",
+    yes: Annotated[bool, typer.Option("--yes", help="write it, however much it is")] = False,
+) -> int | None:
+    """The most bytes that may be written; None for any number.
+
+    Raises:
+        InputError: it is no number of bytes.
+    """
+    most = bytes_of(max_bytes, "--max-bytes")
+    return None if yes else most
+
+
+def speeds(
+    hosts: Annotated[int, typer.Option(help="how many will run it")] = 1,
+    rate: Annotated[
+        str | None,
+        typer.Option(help="tokens that one host computes in a second, or measure: as many as this one does"),
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="bytes that the storage takes from all hosts in a second, such as 25GB")
+    ] = None,
+) -> "Speeds":
+    """What decides how long a run takes.
+
+    Raises:
+        InputError: they are no positive numbers.
+    """
+    from extract.costs import Speeds
+
+    if hosts < 1:
+        raise InputError(f"--hosts is {hosts}; expected at least 1")
+    tokens: float | None = None
+    if rate is not None and rate != "measure":
+        if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", rate) or float(rate) == 0:
+            raise InputError(f"--rate is {rate!r}; expected tokens in a second, such as 250000, or measure")
+        tokens = float(rate)
+    size = None if bandwidth is None else bytes_of(bandwidth, "--bandwidth")
+    return Speeds(hosts, tokens, size, measured=rate == "measure")
+
+
 def chosen(function: Callable[..., Any], given: dict[str, Any]) -> Any:
     """What a function of options makes of those of a command that are its own."""
     return function(**{name: given[name] for name in inspect.signature(function).parameters})
@@ -267,6 +311,21 @@ def mesh_sizes(text: str | None) -> tuple[int, int] | None:
     if not found:
         raise InputError(f"--mesh is {text!r}; expected two whole numbers, DATA,MODEL, such as 4,2 for 8 devices")
     return int(found[1]), int(found[2])
+
+
+def bytes_of(text: str, option: str) -> int:
+    """A number of bytes such as `100GB`, `1.5 TiB` or `4096`.
+
+    Raises:
+        InputError: it is none, or less than one byte.
+    """
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([kKMGTP]?)(i?)B?\s*", text)
+    if found is None or (found[3] and not found[2]):
+        raise InputError(f"{option} is {text!r}; expected a number of bytes, such as 100GB, 1.5TB or 64GiB")
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGTP".index(found[2].upper() or " "))
+    if not size:
+        raise InputError(f"{option} is {text!r}; expected at least 1 byte")
+    return size
 
 
 def _labels(given: list[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import numpy as np
 from jaxtyping import Int64
 
+from actstore.card import human_bytes
 from actstore.errors import InputError
 from actstore.generations import added_sites
 from actstore.hooks import place_in_model
@@ -16,7 +17,7 @@ from actstore.layout import ActivationDType, Codec, Layout, Site
 from actstore.schema import Plan
 from actstore.strings import Strings
 from actstore.table import TOKENS_AT_ONCE, DocumentTable
-from extract import tokens
+from extract import costs, tokens
 from extract.arrangement import BATCH, CONTEXT, Arrangement, Part, TooLong
 from extract.columns import COMPLETION
 from extract.conditions import ALL
@@ -63,6 +64,13 @@ class ExtractPlan:
         """Number of forward passes of the whole run, `batch` contexts each."""
         return sum(self._steps_of_parts())
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of activations that the plan writes, before any codec."""
+        return sum(part.packing.rows for part in self.parts) * sum(
+            site.sample_bytes for site in added_sites(self.store)
+        )
+
     def _steps_of_parts(self) -> list[int]:
         return [math.ceil(part.packing.contexts / self.batch) for part in self.parts]
 
@@ -81,14 +89,19 @@ class ExtractPlan:
             number -= steps
         raise IndexError(f"step {step} of {self.steps}")
 
-    def describe(self) -> str:
-        """The plan in a few lines: what is read, computed and written, and what it costs."""
-        layout, sizes = self.store.layout, self.as_json()
+    def describe(self, *, hosts: int = 1) -> str:
+        """The plan in a few lines: what is read, computed and written, and what it costs.
+
+        Args:
+            hosts: that will run it; more need more requests.
+        """
+        layout, sizes = self.store.layout, self.as_json(hosts=hosts)
         useful = f"{sizes['useful_share']:.1%}"
         model, (data, cut) = self.model, self.mesh
         mesh = f" on {data} x {cut} devices (data x model)" if data * cut > 1 else ""
         sites = "; ".join(
-            f"{site.name} {'' if site.layers is None else list(site.layers)} x {site.width} {site.dtype}"
+            f"{site.name} {'' if site.layers is None else list(site.layers)} x {site.width} {site.dtype}, "
+            f"{human_bytes(sizes['bytes_by_site'][site.name])}"
             for site in added_sites(self.store)
         )
         return "\n".join(
@@ -99,9 +112,12 @@ class ExtractPlan:
                 f"steps      {self.steps:,} of {self.batch} contexts",
                 f"sites      {sites}",
                 f"samples    {sizes['samples']:,}{_chosen(sizes['selection'])}, {sizes['bytes'] / 1e6:,.1f} MB",
+                f"beside     {human_bytes(sizes['bytes_beside'])} of norms, columns and documents",
                 f"blocks     {sizes['blocks']:,} of {layout.block_samples:,} samples, {sizes['shards']:,} shards",
                 f"chunks     {layout.chunk_samples:,} samples, {layout.codec}",
-                f"memory     {layout.memory_bytes / 1e6:,.0f} MB for blocks being filled and written",
+                f"objects    {sizes['objects']:,}",
+                f"requests   {_requests(sizes['requests'])}",
+                f"memory     {_memory(sizes['memory'])}",
                 f"fingerprint {self.store.fingerprint[:16]}",
             ]
         )
@@ -121,8 +137,12 @@ class ExtractPlan:
             f"{ids[0]!r} ({groups[0].similarities[1]:.0%} of their runs of {RUN} tokens)"
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """The numbers of `describe` for a program."""
+    def as_json(self, *, hosts: int = 1) -> dict[str, Any]:
+        """The numbers of `describe` for a program: counts, and bytes.
+
+        Args:
+            hosts: that will run it.
+        """
         layout, sites = self.store.layout, added_sites(self.store)
         tokens = sum(len(part.token_id) for part in self.parts)
         contexts = sum(part.packing.contexts for part in self.parts)
@@ -141,12 +161,46 @@ class ExtractPlan:
             "steps": self.steps,
             "sites": [dataclasses.asdict(site) for site in sites],
             "samples": samples,
-            "bytes": samples * sum(site.sample_bytes for site in sites),
+            "bytes": self.bytes,
             "blocks": len(self.store.blocks),
             "block_samples": layout.block_samples,
             "chunk_samples": layout.chunk_samples,
             "shards": len(self.store.blocks) * sum(site.rows_per_sample for site in sites),
+            "tokens_computed": computed,
+            "bytes_by_site": {site.name: samples * site.sample_bytes for site in sites},
+            "bytes_beside": costs.beside_bytes(self.store),
+            "objects": costs.objects(self.store),
+            "requests": {place: self._requests_of(place, hosts) for place in ("folder", "bucket")},
+            "memory": {
+                "blocks": layout.memory_bytes,
+                "sending": costs.sending_bytes(self.store),
+                "documents": self._document_bytes(),
+                "model": self._model_bytes(),
+            },
         }
+
+    def _requests_of(self, place: str, hosts: int) -> dict[str, int]:
+        """Requests of a block, and of the whole run."""
+        found = costs.requests(self.store, remote=place == "bucket")
+        return {"block": found.block, "total": found.total(len(self.store.blocks), hosts)}
+
+    def _document_bytes(self) -> int:
+        """Bytes of the documents in the memory of this process; what lies in files is left out."""
+        arrays: list[Any] = []
+        for part in self.parts:
+            packing = part.packing
+            arrays += [part.token_id, part.token_offsets, packing.piece_document, packing.piece_position]
+            arrays += [packing.piece_tokens, packing.piece_rows, packing.first_piece]
+        if self.documents is not None:
+            texts = Strings.of(self.documents.texts)
+            arrays += [self.documents.token_start, self.documents.token_end, texts.data, texts.offsets]
+        return sum(array.nbytes for array in arrays if not isinstance(array, np.memmap))
+
+    def _model_bytes(self) -> int:
+        """Bytes of the weights on all devices together."""
+        import jax
+
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.model.params))
 
 
 def make_plan(
@@ -251,6 +305,23 @@ def _chosen(selection: Any) -> str:
         return ""
     most = f", at most {selection['per_document']} of a document" if "per_document" in selection else ""
     return f" ({selection['rows']}{most})"
+
+
+def _requests(counts: dict[str, dict[str, int]]) -> str:
+    """Requests for a person."""
+    shown = [f"{found['total']:,} to a {place}, {found['block']} a block" for place, found in counts.items()]
+    return "; ".join(shown)
+
+
+def _memory(sizes: dict[str, int]) -> str:
+    """Memory of a host for a person."""
+    blocks, sending, documents, model = (
+        human_bytes(sizes[name]) for name in ("blocks", "sending", "documents", "model")
+    )
+    return (
+        f"{blocks} for blocks being filled and written, {sending} more to a bucket, {documents} for documents, "
+        f"{model} for the model"
+    )
 
 
 def _check_settings(model: "Model", context: int, batch: int, dtype: str, codec: str) -> None:

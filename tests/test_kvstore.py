@@ -122,6 +122,24 @@ def test_everybody_who_creates_at_once_gets_the_same(tmp_path):
         assert answers == {roots[0].read("plan")}
 
 
+def test_create_writes_again_what_another_removes_in_between(root, monkeypatch):
+    """As claims are: the conditional write is refused, and what was there is gone when it is read back."""
+    call, calls = Root._call, []
+
+    def busy(self, doing, start):
+        calls.append(doing)
+        if len(calls) == 2:
+            return None  # refused, and then removed
+        return call(self, doing, start)
+
+    monkeypatch.setattr(Root, "_call", busy)
+    assert root.create("claim", b"mine") == b"mine"
+    assert len(calls) == 5
+    monkeypatch.setattr(Root, "_call", lambda self, doing, start: call(self, "read", lambda kv: kv.read("nothing")))
+    with pytest.raises(StorageError, match="it was gone each of 8 times; expected that it stays"):
+        root.create("claim", b"mine")
+
+
 def test_create_reads_back_a_lost_answer(root, monkeypatch):
     """A conditional write that won, but is reported as lost: what is there counts, not the answer."""
     real = ts.KvStore.write

@@ -1,0 +1,144 @@
+"""Runs on many hosts that die, over a fake clock: what is lost, how long it takes, and what the storage is asked."""
+
+import dataclasses
+from unittest import mock
+
+import pytest
+from pod_simulation import Bucket, BucketRoot, Clock, Outcome, Scenario, costs, simulate
+
+from actstore.claims import CLAIM_FOLDER
+from actstore.ledger import MARKER_FOLDER
+from extract import dealing
+from extract.costs import requests
+from extract.dealing import Dealer
+from extract.ranks import Rank
+
+SMALL = Scenario(
+    hosts=32, samples=1_500 * 1024, block_samples=1024, samples_per_second=200.0, preemption_seconds=10.0,
+    start_seconds=30.0,
+)  # fmt: skip
+QUIET = dataclasses.replace(SMALL, preemption_seconds=1e9)
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Outcome:
+    return simulate(QUIET)
+
+
+def ideal(scenario: Scenario) -> float:
+    """Seconds if nobody dies and nobody waits."""
+    return scenario.start_seconds + scenario.samples / scenario.samples_per_second / scenario.hosts
+
+
+def test_hosts_that_die_lose_little_and_the_store_is_sealed() -> None:
+    outcome = simulate(SMALL)
+    print(outcome)
+    assert outcome.deaths > 20
+    assert 0 < outcome.lost_share < 0.02
+    assert outcome.twice <= outcome.deaths
+    assert outcome.seconds < 1.5 * ideal(SMALL)
+    assert outcome.longest_resume < 10
+
+
+def test_hosts_that_live_compute_every_block_once(quiet: Outcome) -> None:
+    assert (quiet.deaths, quiet.twice) == (0, 0)
+    assert quiet.blocks_computed == quiet.blocks == 1500
+    assert quiet.seconds < 1.1 * ideal(QUIET)
+
+
+def test_requests_are_those_that_the_plan_says(quiet: Outcome) -> None:
+    """Of blocks; those of beginning and ending grow with the hosts."""
+    said = requests(QUIET.plan(), remote=False)
+    found = sum(quiet.requests.values())
+    assert quiet.requests["write markers"] == quiet.blocks
+    assert said.block * quiet.blocks <= found < 1.2 * said.total(quiet.blocks, QUIET.hosts)
+
+
+def test_hosts_without_blocks_ask_seldom(quiet: Outcome) -> None:
+    """Two hosts in three have nothing to do, and wait for the others."""
+    crowd = dataclasses.replace(QUIET, hosts=3 * 16, samples=16 * 1024, samples_per_second=2.0)
+    outcome = simulate(crowd)
+    waiting = 2 * 16 * outcome.seconds
+    asked = sum(outcome.requests.values()) - outcome.blocks * requests(crowd.plan(), remote=False).block
+    print(asked / waiting, outcome)
+    assert outcome.blocks_computed == 16
+    assert asked / waiting < 8  # a second and host; they look every 5 s
+
+
+def test_storage_is_the_limit_where_it_is_slow() -> None:
+    slow = dataclasses.replace(QUIET, samples_per_second=1e5, storage_bytes_per_second=100e6)
+    outcome = simulate(slow)
+    assert outcome.committed_seconds - slow.start_seconds == pytest.approx(
+        slow.plan().layout.data_bytes / slow.storage_bytes_per_second, rel=0.05
+    )  # fmt: skip
+    assert outcome.blocks_computed == outcome.blocks
+
+
+def test_a_seed_decides_everything() -> None:
+    scenario = dataclasses.replace(SMALL, samples=500 * 1024)
+    assert simulate(scenario) == simulate(scenario)
+    assert simulate(scenario) != simulate(dataclasses.replace(scenario, seed=1))
+
+
+def test_meta_workers_without_patience_would_be_seen() -> None:
+    scenario = dataclasses.replace(SMALL, samples=500 * 1024)
+    with mock.patch.object(Dealer, "_patience", 0.0):
+        outcome = simulate(scenario)
+    assert outcome.twice > 5 * simulate(scenario).twice + 5
+    assert outcome.lost_share > 0.02
+
+
+def test_planning_and_resuming_the_largest_run_is_quick() -> None:
+    """10^10 samples on 1,024 hosts; the times are in docs/explanation/performance.md."""
+    found = costs(Scenario())
+    assert found.list_requests == 77  # 76,294 markers, in pages of 1,000
+    assert found.peak_bytes < 200e6
+
+
+# --- windows ---
+
+
+@pytest.fixture
+def bucket() -> Bucket:
+    """The markers of every block of 12,500 but 4,321 and 12,499."""
+    plan = dataclasses.replace(SMALL, samples=12_500 * 1024).plan()
+    made = Bucket(Clock(), plan, 0.0)
+    for block in set(plan.blocks) - {4321, 12_499}:
+        made.write(f"{MARKER_FOLDER}{block:08d}.json", b"{}").result()
+    made.requests.clear()
+    return made
+
+
+def dealer(bucket: Bucket, rank: int) -> Dealer:
+    return Dealer(BucketRoot(bucket), bucket.plan, rank=Rank(rank, 25, "test"))
+
+
+def test_a_worker_lists_its_share_and_worker_0_all(bucket: Bucket) -> None:
+    assert len(dealer(bucket, 3).committed) == 1000  # blocks 1,500 to 1,999, all in one window
+    assert bucket.requests == {"list markers": 1}
+    assert len(dealer(bucket, 0).committed) == 12_498
+    assert bucket.requests == {"list markers": 1 + 13}
+
+
+def test_a_worker_without_blocks_finds_those_that_are_left(bucket: Bucket) -> None:
+    found: set[int] = set()
+    with mock.patch.object(dealing, "time", mock.Mock(monotonic=lambda: 0.0)):
+        for block in dealer(bucket, 3):
+            if block is not None:
+                found.add(block)
+    assert found == {4321, 12_499}
+    assert bucket.requests["list markers"] + bucket.requests["list claims"] < 50
+
+
+def test_the_one_that_watches_gives_that_up_when_it_is_stopped(bucket: Bucket) -> None:
+    one, other = dealer(bucket, 3), dealer(bucket, 4)
+    bucket.write(f"{MARKER_FOLDER}{4321:08d}.json", b"{}").result()
+    assert not one._sees_all_committed()
+    assert one._watches
+    claim = one._claims._mine().model_copy(update={"host": "another"})  # of a process that cannot be asked
+    bucket.write(f"{CLAIM_FOLDER}seal.json", claim.to_json()).result()
+    assert not other._sees_all_committed()
+    assert not other._watches
+    one.give_back()
+    bucket.write(f"{MARKER_FOLDER}{12_499:08d}.json", b"{}").result()
+    assert other._sees_all_committed()
