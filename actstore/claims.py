@@ -1,7 +1,8 @@
 """Which worker computes which block now, so that several do not compute the same one. Hints: nothing depends on them.
 
-A worker takes a block by creating an object that names it, and removes the object once the block is committed. Claims
-of workers that died, or that are slow, are taken over. Two workers that compute one block write the same bytes.
+A worker takes a block by creating an object that names it, renews that while it computes, and removes it once the block
+is committed. Claims of workers that died, that are silent or slow, are taken over. Two workers that compute one block
+write the same bytes.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import os
 import re
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterable
 from typing import Annotated, Literal
@@ -38,6 +40,8 @@ class Claim(StoredDocument):
     """Of the worker among those that were started with it, from 0."""
     since: Annotated[float, pydantic.Field(ge=0)]
     """Seconds since 1970 by the clock of the host."""
+    seen: Annotated[float, pydantic.Field(ge=0)] | None = None
+    """When its worker last said that it lives, by the same clock; None where that was at the beginning."""
     samples_per_second: Annotated[float, pydantic.Field(ge=0)] | None = None
     """Of the worker since it began; None before its first block is done."""
 
@@ -48,45 +52,65 @@ class Claims:
     def __init__(self, root: Root, plan: Plan, *, rank: int = 0) -> None:
         self._root, self._folder, self._rank = root, key_in(plan.generation, CLAIM_FOLDER), rank
         self.worker, self._host = secrets.token_hex(8), socket.gethostname()
+        self._since: dict[int | Literal["seal"], float] = {}
+        self._lock = threading.Lock()
         self.samples_per_second: float | None = None
         """What the next claims say of this worker's speed."""
 
-    def take(self, work: int | Literal["seal"], *, patience: int | float) -> bool:
-        """Whether this worker has the block now: nobody else had it, or its worker is dead or older than `patience`.
+    def take(self, work: int | Literal["seal"], *, patience: float, most: float | None = None) -> bool:
+        """Whether this worker has the block now: nobody else had it, or its worker is dead, silent or slow.
 
         A claim of its own is made anew, and is young again.
 
         Args:
             work: number of a block, or the sealing of the store.
-            patience: seconds that another worker may take.
+            patience: seconds that another worker may be silent.
+            most: seconds that it may take in all; None for any number.
         """
-        key, mine = self._key(work), self._mine().to_json()
-        stored = self._root.create(key, mine)
-        if stored == mine:
-            return True
-        found = self._parsed(stored)
-        if found is not None and found.worker != self.worker and not self._over(found, patience):
-            return False
-        self._root.write(key, mine)
+        key, mine = self._key(work), self._mine()
+        data = mine.to_json()
+        stored = self._root.create(key, data)
+        if stored != data:
+            found = self._parsed(stored)
+            if found is not None and found.worker != self.worker and not self._over(found, patience, most):
+                return False
+            if self._root.replace(key, stored, data) != data:
+                return False  # to another that was as quick
+        self._since[work] = mine.since
         return True
+
+    def renew(self, block: int) -> None:
+        """Says that this worker lives and computes the block still, unless another took it over. Two requests."""
+        with self._lock:  # a claim that was released must not come back
+            since = self._since.get(block)
+            if since is None:
+                return
+            found = self._parsed(self._root.read(self._key(block)))
+            if found is None or found.worker != self.worker:
+                del self._since[block]
+                return
+            self._root.write(self._key(block), self._mine(since).to_json())
 
     def release(self, work: int | Literal["seal"]) -> None:
         """Gives a block back, or says that it is committed."""
-        self._root.delete(self._key(work))
+        with self._lock:
+            self._since.pop(work, None)
+            self._root.delete(self._key(work))
 
     def claimed(self, window: int) -> set[int]:
         """The blocks of a window of `actstore.ledger` that somebody has claimed, for long or not. One small listing."""
         return self._blocks(self._root.keys(window_folder(self._folder, window)))
 
-    def over(self, blocks: Iterable[int], *, patience: int | float) -> list[int]:
+    def over(self, blocks: Iterable[int], *, patience: float, most: float | None = None) -> list[int]:
         """Those of some claimed blocks that this worker may take over, or whose claim is gone. One read for each.
 
         Args:
             blocks: that others have claimed.
-            patience: seconds that another worker may take.
+            patience: as in `take`.
+            most: as in `take`.
         """
         found = self._read(list(blocks))
-        return [block for block, claim in found.items() if claim is None or self._over(claim, patience)]
+        return [block for block, claim in found.items() if claim is None or self._over(claim, patience, most)]
 
     def read(self) -> dict[int, Claim]:
         """All claims on blocks that can be read. One listing, and one read for each."""
@@ -112,19 +136,23 @@ class Claims:
     def _key(self, work: int | Literal["seal"]) -> str:
         return f"{self._folder}{work if work == 'seal' else format(work, '08d')}.json"
 
-    def _mine(self) -> Claim:
+    def _mine(self, since: float | None = None) -> Claim:
+        now = time.time()
         return Claim(
-            format=FORMAT, worker=self.worker, host=self._host, process=os.getpid(), rank=self._rank, since=time.time(),
+            format=FORMAT, worker=self.worker, host=self._host, process=os.getpid(), rank=self._rank,
+            since=now if since is None else since, seen=None if since is None else now,
             samples_per_second=self.samples_per_second,
         )  # fmt: skip
 
-    def _over(self, claim: Claim, patience: int | float) -> bool:
+    def _over(self, claim: Claim, patience: float, most: float | None) -> bool:
         """Whether a claim of another worker counts no more."""
         if claim.worker == self.worker:
             return False
         if claim.host == self._host and not _lives(claim.process):
             return True
-        return time.time() - claim.since > patience
+        now = time.time()
+        slow = most is not None and now - claim.since > most
+        return slow or now - max(claim.since, claim.seen or 0.0) > patience
 
     def _parsed(self, data: bytes | None) -> Claim | None:
         """A claim; None for one that is gone or cannot be read."""

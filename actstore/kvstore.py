@@ -7,6 +7,7 @@ folder.
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import itertools
 import os
@@ -167,8 +168,8 @@ class Root:
             if found.state == "value":
                 return bytes(found.value)
             self.refuse_link(key)
-            generation = found.stamp.generation
-            self._call(f"write {key}", lambda kv, generation=generation: kv.write(key, value, if_equal=generation))
+            write = functools.partial(_write_if, key=key, value=value, generation=found.stamp.generation)
+            self._call(f"write {key}", write)
             found = self._call(f"read {key}", lambda kv: kv.read(key))
         if found.state == "value":
             return bytes(found.value)
@@ -176,6 +177,20 @@ class Root:
             f"could not write {key} of {self.url}: it was gone each of {CREATE_TRIES} times; expected that it stays: "
             "find out what removes it, then run the same command again"
         )
+
+    def replace(self, key: str, old: bytes, value: bytes) -> bytes:
+        """Writes the object under `key` if it is `old` still, and returns what is there afterwards; b"" for nothing.
+
+        Of several that replace the same at once, one finds its own, where the storage keeps to conditions.
+        """
+        self._look(key, MAX_OBJECT_BYTES)
+        found = self._call(f"read {key}", lambda kv: kv.read(key))
+        if found.state == "value" and bytes(found.value) == old:
+            self.refuse_link(key)
+            write = functools.partial(_write_if, key=key, value=value, generation=found.stamp.generation)
+            self._call(f"write {key}", write)
+            found = self._call(f"read {key}", lambda kv: kv.read(key))
+        return bytes(found.value) if found.state == "value" else b""
 
     def hint(self, key: str) -> str:
         """What is here instead of a store, whose `key` is missing; and where one lies near by, as the end of a message.
@@ -363,6 +378,10 @@ def _reason(text: str) -> str:
     cause = re.split(r'": |(?<=[a-z]): (?=[A-Z])|^[A-Z_]+: ', text)[-1]
     cause = re.sub(r"^chunk .* is missing$", "missing object", cause)
     return cause + (f" at {paths[-1].removesuffix(LOCK_SUFFIX)}" if paths else "")
+
+
+def _write_if(kv: Any, *, key: str, value: bytes, generation: Any) -> Any:
+    return kv.write(key, value, if_equal=generation)
 
 
 def _after(prefix: str) -> str:

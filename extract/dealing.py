@@ -13,15 +13,20 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
+
 from actstore.claims import Claims
 from actstore.errors import ActstoreError
 from actstore.kvstore import Root
+from actstore.layout import BLOCKS_IN_MEMORY
 from actstore.ledger import WINDOW_BLOCKS, committed_blocks, has_marker, is_sealed, seal
 from actstore.schema import Plan
 from extract.division import rest, share
 from extract.ranks import Rank
 
 PATIENCE_SECONDS = 60.0
+RENEW_SECONDS = 15.0  # of claims: four times within the patience of others
+RENEWED_BLOCKS = BLOCKS_IN_MEMORY + 1  # those that a worker may have in hand: one is dealt ahead
 LONGEST_BLOCKS = 4  # others may take this many times as long as the longest block here
 POLL_SECONDS = (0.2, 5.0)  # the first and the longest wait for others
 WAITING_AT_ONCE = 100  # workers that look within a second, at most: of more, each waits longer
@@ -41,7 +46,7 @@ class Dealer:
         root: place of the store.
         plan: what is to be written; its nodes are there.
         rank: of this worker.
-        patience: seconds that another worker may take for a block before this one takes it over.
+        patience: seconds that another worker may say nothing before this one takes its block over.
     """
 
     def __init__(self, root: Root, plan: Plan, *, rank: Rank, patience: float = PATIENCE_SECONDS) -> None:
@@ -52,6 +57,7 @@ class Dealer:
         self._given: dict[int, float] = {}  # blocks in hand, and since when
         self._dealt, self._began = 0, time.monotonic()
         self._listed = self._listing = 0.0
+        self._renewed, self._jitter = time.monotonic(), np.random.default_rng(rank.rank)
         self._watches = False
         self.committed: set[int] = set()
         """Blocks that are known to be committed."""
@@ -76,8 +82,7 @@ class Dealer:
                 wait = POLL_SECONDS[0]
                 continue
             yield None
-            time.sleep(wait)
-            wait = min(2 * wait, self._longest_wait)
+            wait = self._wait(wait)
             self._watch()
 
     def wanted(self, block: int) -> bool:
@@ -116,6 +121,17 @@ class Dealer:
             with contextlib.suppress(ActstoreError):
                 self._claims.release("seal")
 
+    def keep(self) -> None:
+        """Says now and then that this worker lives, of blocks that take long. Two small requests for each."""
+        now = time.monotonic()
+        if now - self._renewed < RENEW_SECONDS:
+            return
+        self._renewed = now
+        for block, since in list(self._given.items())[-RENEWED_BLOCKS:]:
+            if now - since >= RENEW_SECONDS:
+                with contextlib.suppress(ActstoreError):
+                    self._claims.renew(block)
+
     def refresh(self) -> None:
         """Looks what others have committed, now and then."""
         pause = max(REFRESH_SECONDS, self._listing / REFRESH_SHARE)
@@ -149,22 +165,27 @@ class Dealer:
                     self._claims.clear()
                     return
                 waiting()
-                time.sleep(wait)
-                wait = min(2 * wait, self._longest_wait)
+                wait = self._wait(wait)
         except BaseException:
             self.give_back()
             raise
 
     @property
     def _patience(self) -> float:
-        return max(self._least_patience, LONGEST_BLOCKS * self._longest)
+        """A worker that waits for its storage says nothing meanwhile."""
+        return max(self._least_patience, self._longest)
+
+    @property
+    def _most(self) -> float | None:
+        """Seconds that another may take for a block; None before this worker knows what one takes."""
+        return max(self._least_patience, LONGEST_BLOCKS * self._longest) if self._longest else None
 
     def _take(self, block: int) -> bool:
         """Whether this worker computes the block now. The marker is looked at last: its worker may just have ended."""
         if block in self.committed:
             return False
         self._claims.samples_per_second = self._rate
-        if not self._claims.take(block, patience=self._patience):
+        if not self._claims.take(block, patience=self._patience, most=self._most):
             return False
         self._given[block] = time.monotonic()
         if self._is_committed(block):
@@ -179,9 +200,10 @@ class Dealer:
         done = (self._dealt - 1) * self._plan.layout.block_samples
         return done / max(time.monotonic() - self._began, 1e-9) if done > 0 else None
 
-    @property
-    def _longest_wait(self) -> float:
-        return max(POLL_SECONDS[1], self._rank.workers / WAITING_AT_ONCE)
+    def _wait(self, seconds: float) -> float:
+        """Waits for others, not in step with them; returns how long to wait the next time."""
+        time.sleep(seconds * self._jitter.uniform(0.5, 1.0))
+        return min(2 * seconds, max(POLL_SECONDS[1], self._rank.workers / WAITING_AT_ONCE))
 
     def _pending_elsewhere(self) -> bool:
         """Whether a block is neither committed nor in hand, as far as this worker knows."""
@@ -205,7 +227,7 @@ class Dealer:
                 return rest(free, self._rank.rank, turn)[: max(1, len(free) // (2 * rivals))]
             others += pending
         some = rest(sorted(others), self._rank.rank, turn)[:CLAIMS_AT_ONCE]
-        return self._claims.over(some, patience=self._patience)
+        return self._claims.over(some, patience=self._patience, most=self._most)
 
     def _watch(self) -> None:
         """Looks whether all is done, where there is more than a turn looks at."""

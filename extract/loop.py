@@ -98,7 +98,7 @@ def run(
         url: a path that ends in `.acts.zarr`.
         progress: called after every step and block.
         rank: which worker this is; None is worker 0 of 1, or what `jax.distributed` says where processes joined.
-        patience: seconds that another worker may take for a block before this one computes it too.
+        patience: seconds that another worker may say nothing before this one computes its block too.
         stopping: says why to stop, asked at every step: what was handed to the writer is committed, then `StoppedError`
             is raised, in all processes that compute one model together.
 
@@ -221,6 +221,7 @@ class _Run:
 
     def _show(self) -> None:
         """Reports where the run stands."""
+        self._dealer.keep()
         if self._first:
             self._dealer.refresh()
         seconds, committed = self._stages.seconds, self._dealer.committed

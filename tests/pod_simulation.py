@@ -38,6 +38,7 @@ from extract.dealing import Dealer
 from extract.division import share
 from extract.ranks import Rank
 
+PASS_SECONDS = 15.0  # of a forward pass at most: fewer events than the passes of a small batch
 PAGE = 1000  # keys of one answer to a listing
 SITE = Site("resid_post", 896, (6, 12, 18, 23))  # of Qwen2.5-0.5B
 
@@ -206,7 +207,7 @@ class Bucket:
         self._count("read", key)
         return self._answer(lambda: self._found(key))
 
-    def write(self, key: str, value: bytes | None, if_equal: str | None = None) -> Any:
+    def write(self, key: str, value: bytes | None, if_equal: bytes | None = None) -> Any:
         self._count("delete" if value is None else "write", key)
         return self._answer(lambda: self._put(key, value, if_equal))
 
@@ -232,14 +233,14 @@ class Bucket:
     def _found(self, key: str) -> Any:
         value = self.objects.get(key)
         state = "missing" if value is None else "value"
-        return SimpleNamespace(state=state, value=value, stamp=SimpleNamespace(generation=state))
+        return SimpleNamespace(state=state, value=value, stamp=SimpleNamespace(generation=value or b""))
 
-    def _put(self, key: str, value: bytes | None, if_equal: str | None) -> None:
+    def _put(self, key: str, value: bytes | None, if_equal: bytes | None) -> None:
         folder = self._folders.setdefault(_folder(key), set())
         if value is None:
             folder.discard(key)
             self.objects.pop(key, None)
-        elif if_equal is None or key not in self.objects:
+        elif if_equal is None or if_equal == self.objects.get(key, b""):
             folder.add(key)
             self.objects[key] = value
 
@@ -328,7 +329,10 @@ class Host:
             if block is None:
                 continue
             self.since = clock.now
-            clock.sleep(run.block_seconds)
+            passes = math.ceil(run.block_seconds / PASS_SECONDS)
+            for _ in range(passes):
+                clock.sleep(run.block_seconds / passes)
+                dealer.keep()
             self.since = None
             run.outcome.blocks_computed += 1
             clock.wait_until(lambda: len(self.writes) < BLOCKS_IN_MEMORY - 1)

@@ -140,6 +140,14 @@ def test_create_writes_again_what_another_removes_in_between(root, monkeypatch):
         root.create("claim", b"mine")
 
 
+def test_replace_changes_only_what_it_was_told(root):
+    assert root.replace("claim", b"theirs", b"mine") == b""
+    root.write("claim", b"theirs")
+    assert root.replace("claim", b"others", b"mine") == b"theirs"
+    assert root.replace("claim", b"theirs", b"mine") == b"mine"
+    assert root.read("claim") == b"mine"
+
+
 def test_create_reads_back_a_lost_answer(root, monkeypatch):
     """A conditional write that won, but is reported as lost: what is there counts, not the answer."""
     real = ts.KvStore.write

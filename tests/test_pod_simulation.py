@@ -56,13 +56,15 @@ def test_requests_are_those_that_the_plan_says(quiet: Outcome) -> None:
 
 def test_hosts_without_blocks_ask_seldom(quiet: Outcome) -> None:
     """Two hosts in three have nothing to do, and wait for the others."""
-    crowd = dataclasses.replace(QUIET, hosts=3 * 16, samples=16 * 1024, samples_per_second=2.0)
+    crowd = dataclasses.replace(QUIET, hosts=3 * 8, samples=8 * 1024, samples_per_second=4.0)
     outcome = simulate(crowd)
-    waiting = 2 * 16 * outcome.seconds
+    waiting = 2 * 8 * outcome.seconds
     asked = sum(outcome.requests.values()) - outcome.blocks * requests(crowd.plan(), remote=False).block
     print(asked / waiting, outcome)
-    assert outcome.blocks_computed == 16
+    assert outcome.blocks_computed == 8
     assert asked / waiting < 8  # a second and host; they look every 5 s
+    with mock.patch.object(Dealer, "keep"):  # nobody says that it lives: a block takes longer than others are patient
+        assert simulate(crowd).blocks_computed > 16
 
 
 def test_storage_is_the_limit_where_it_is_slow() -> None:
@@ -75,7 +77,7 @@ def test_storage_is_the_limit_where_it_is_slow() -> None:
 
 
 def test_a_seed_decides_everything() -> None:
-    scenario = dataclasses.replace(SMALL, samples=500 * 1024)
+    scenario = dataclasses.replace(SMALL, samples=200 * 1024)
     assert simulate(scenario) == simulate(scenario)
     assert simulate(scenario) != simulate(dataclasses.replace(scenario, seed=1))
 
@@ -84,8 +86,15 @@ def test_meta_workers_without_patience_would_be_seen() -> None:
     scenario = dataclasses.replace(SMALL, samples=500 * 1024)
     with mock.patch.object(Dealer, "_patience", 0.0):
         outcome = simulate(scenario)
-    assert outcome.twice > 5 * simulate(scenario).twice + 5
-    assert outcome.lost_share > 0.02
+    assert outcome.twice > 5 + simulate(scenario).twice
+    assert outcome.lost_share > 0.05
+
+
+def test_one_host_alone_takes_over_a_claim_that_many_wait_for() -> None:
+    """They come in step: the claims of the dead are old for all of them at once."""
+    scenario = dataclasses.replace(SMALL, samples=200 * 1024, preemption_seconds=13.0)
+    outcome = simulate(scenario)
+    assert (outcome.deaths > 8, outcome.twice) == (True, 0)
 
 
 def test_planning_and_resuming_the_largest_run_is_quick() -> None:

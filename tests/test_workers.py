@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,39 @@ def test_claims_of_the_dead_and_broken_ones_do_not_count(begun: Root) -> None:
     assert claims.over([3, 5, 6, 7, 20], patience=60.0) == [3, 5, 6, 7]
     assert [block for block in (3, 5, 6, 20) if claims.take(block, patience=60.0)] == [3, 5, 6]
     assert claims.take(20, patience=0.0)
+
+
+def test_a_claim_is_renewed_until_another_has_taken_over(begun: Root) -> None:
+    """Clocks are moved by moving what claims say."""
+    plan = read_plan(begun, unfinished=True)
+    here, there = Claims(begun, plan), Claims(begun, plan)
+    here._host = "here"
+    assert here.take(3, patience=60.0)
+    begun.write(here._key(3), here._mine().model_copy(update={"since": time.time() - 100}).to_json())
+    here._since[3] -= 100
+    here.renew(3)
+    assert there.over([3], patience=60.0) == []
+    assert there.over([3], patience=60.0, most=90.0) == [3]  # alive, but slow
+    assert not there.take(3, patience=60.0)
+    assert there.take(3, patience=60.0, most=90.0)
+    here.renew(3)
+    assert here.read()[3].worker == there.worker
+    there.release(3)
+    there.renew(3)
+    assert begun.read(there._key(3)) is None
+
+
+def test_of_many_that_take_over_one_claim_one_has_it(begun: Root) -> None:
+    plan = read_plan(begun, unfinished=True)
+    for turn in range(10):
+        dead = Claims(begun, plan)._mine().model_copy(update={"host": "gone", "since": time.time() - 100 - turn})
+        begun.write(f"{CLAIM_FOLDER}00000003.json", dead.to_json())
+        several = [Claims(begun, plan) for _ in range(8)]
+        for number, claims in enumerate(several):
+            claims._host = f"host-{number}"  # else all are of this process, which is known not to be another
+        with ThreadPoolExecutor(8) as pool:
+            took = list(pool.map(lambda claims: claims.take(3, patience=60.0), several))
+        assert sum(took) == 1
 
 
 def test_a_block_that_was_committed_before_it_was_taken_is_not_dealt(begun: Root) -> None:
