@@ -348,9 +348,10 @@ def _read(batches: Batches[Array], samples: int, batch_size: int, window: int, s
 
 def _plain(store: Store, site: Site, layer: int, seconds: float) -> tuple[float | None, float | None]:
     """Bytes per second of a plain read of the shards, and the share from disks; None where they are not files here."""
-    folder, layout = Root.of(store.url).path, store.plan.layout
-    if not folder.is_dir():
+    root, layout = Root.of(store.url), store.plan.layout
+    if not root.is_local or not root.path.is_dir():
         return None, None
+    folder = root.path
     with storage_errors(f"read the shards of {store.url}"):
         return plain_reading(
             (folder / shard_key(site, layer, block) for block in range(layout.blocks)), seconds=seconds

@@ -13,6 +13,8 @@
     │   ├── CorruptStoreError       4   stored bytes or metadata are damaged, missing or hostile
     │   └── StorageError            3   the storage failed: try again, or mend it first
     │       ├── StoragePermissionError  2   not allowed, or read-only
+    │       │   └── CredentialsError    2   no credentials, expired ones, or ones that are not accepted
+    │       ├── BucketError             2   there is no such bucket, or it is in another region
     │       └── StorageFullError        2   no space left
     └── StoppedError                75  asked to stop; running the same command again continues
         └── WorkerLostError         75  a process that computes the same model ended; so did this one
@@ -80,6 +82,16 @@ class StorageError(StoreError):
 
 class StoragePermissionError(StorageError):
     """The storage refused: no permission, or read-only."""
+
+    exit_code = 2
+
+
+class CredentialsError(StoragePermissionError):
+    """The storage does not know who asks: no credentials, expired ones, or ones that it does not accept."""
+
+
+class BucketError(StorageError):
+    """There is no such bucket, or it is in another region than the one that was asked."""
 
     exit_code = 2
 

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import tensorstore as ts
 from jaxtyping import Int64, Shaped
 
 from actstore.errors import CorruptStoreError
-from actstore.kvstore import TIMEOUT_SECONDS, Root, refuse_fork, storage_errors
+from actstore.kvstore import Operation, Root, refuse_fork
 from actstore.layout import Layout
 from actstore.ledger import checksum
 from actstore.metadata import array_metadata
@@ -37,7 +36,7 @@ Samples: TypeAlias = range | Int64[np.ndarray, " row"]
 class Source:
     """A stored array of a site, of its norms, or of a column. Without `vouchers` nothing is compared."""
 
-    array: ts.TensorStore
+    objects: Objects
     name: str
     layout: Layout
     url: str
@@ -46,8 +45,13 @@ class Source:
     @classmethod
     def open(cls, root: Root, plan: Plan, name: str, *, vouchers: Vouchers | None) -> "Source":
         """The array `name` with the shape of a finished store. Costs no request."""
-        array = root.open_array(name, array_metadata(plan, complete=True)[name])
-        return cls(array, name, plan.layout, root.url, vouchers)
+        objects = Objects.of(root, name, array_metadata(plan, complete=True)[name])
+        return cls(objects, name, plan.layout, root.url, vouchers)
+
+    @property
+    def array(self) -> Any:
+        """TensorStore's view of it, for its shape and dtype."""
+        return self.objects.array
 
     @functools.cached_property
     def is_site(self) -> bool:
@@ -77,14 +81,11 @@ class Source:
         label = site.layer_text(layer) if site else ""
         return f"{self.name}{label}, block {sample // self.layout.block_samples} of {self.url}"
 
-    def part(self, layer: int, start: int, stop: int) -> ts.TensorStore:
-        """Samples `start` to `stop - 1` of one layer; their objects are looked at, nothing is read."""
-        span = slice(start, stop)
-        return self._objects.view(span) if self.layers is None else self._objects.view(layer, span)
-
-    @functools.cached_property
-    def _objects(self) -> Objects:
-        return Objects.of(self.array)
+    def begin(self, layer: int, start: int, stop: int, values: Shaped[np.ndarray, "sample *stored"]) -> Operation[Any]:
+        """Begins to read samples `start` to `stop - 1` of one layer into `values`."""
+        doing, span = f"read {self.shard(layer, start)}", slice(start, stop)
+        selection = (span,) if self.layers is None else (layer, span)
+        return self.objects.begin_into(doing, values, *selection)
 
 
 class _Stretch(NamedTuple):
@@ -102,7 +103,7 @@ class _Read(NamedTuple):
 
     layer: int
     stretch: _Stretch
-    future: Any
+    reading: Operation[Any]
     values: Shaped[np.ndarray, "sample *stored"]
     out: Shaped[np.ndarray, "row *width"]
 
@@ -212,18 +213,17 @@ def _start(
 ) -> _Read:
     """Starts to read a stretch into `values`."""
     try:
-        part = source.part(layer, stretch.start, stretch.stop)
+        reading = source.begin(layer, stretch.start, stretch.stop, values)
     except CorruptStoreError as error:
         raise CorruptStoreError(f"could not read {source.shard(layer, stretch.start)}: {error}{REMEDY}") from None
-    return _Read(layer, stretch, ts.array(values).write(part), values, out)
+    return _Read(layer, stretch, reading, values, out)
 
 
 def _land(source: Source, read: _Read, samples: Samples, width: slice | Int64[np.ndarray, " chosen"]) -> int:
     """Waits for a stretch, compares it, and puts its wanted rows where they belong; the bytes that were read."""
     stretch = read.stretch
     try:
-        with storage_errors(f"read {source.shard(read.layer, stretch.start)}"):
-            read.future.result(timeout=TIMEOUT_SECONDS)
+        read.reading.result()
     except CorruptStoreError as error:
         raise CorruptStoreError(f"{error}{REMEDY}") from None
     if source.vouchers is not None:

@@ -252,7 +252,7 @@ def committed_blocks(root: Root, plan: Plan, *, windows: Iterable[int] | None = 
 
 def has_marker(root: Root, plan: Plan, block: int) -> bool:
     """Whether a block is committed. One small request."""
-    return root.size(marker_key(block, plan.generation)) > 0
+    return root.exists(marker_key(block, plan.generation))
 
 
 def missing_blocks(root: Root, plan: Plan) -> list[int]:

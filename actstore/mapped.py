@@ -353,4 +353,4 @@ def _layers(layout: Layout) -> int:
 def can_map(root: Root, source: Source) -> bool:
     """Whether the shards of a store are local files without compression, in this machine's byte order."""
     plain = source.layout.codec != "zstd" and source.sample_bytes <= ROW_BYTES
-    return plain and sys.byteorder == "little" and root.path.is_dir()
+    return plain and sys.byteorder == "little" and root.is_local and root.path.is_dir()

@@ -3,6 +3,8 @@
 TensorStore reads an object without a shard index whole, however large it is, waits for ever on a pipe, and believes
 the lengths in a shard's index. So no object may be larger than the rows it holds, and no chunk of a shard either. What
 is too small or not there is left to TensorStore, whose errors name it.
+
+Of remote storage nothing is looked at beforehand: that would double the requests.
 """
 
 import dataclasses
@@ -16,10 +18,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 from crc32c import crc32c
-from jaxtyping import UInt64
+from jaxtyping import Shaped, UInt64
 
 from actstore.errors import CorruptStoreError
+from actstore.kvstore import Operation, Root, kind_of
 
 CHECKSUM_BYTES = 4
 MISSING = (1 << 64) - 1  # offset and length of a chunk that is not there
@@ -28,8 +32,9 @@ _SHARDS_KEPT = 1 << 14  # whose index was looked at; looked at again when the fi
 
 @dataclasses.dataclass(frozen=True)
 class Objects:
-    """One array and what its objects may cost. Cheap to make; nothing is read until `view` is called."""
+    """One array and what its objects may cost. Cheap to make; nothing is read until `begin` is called."""
 
+    root: Root
     array: Any
     folder: str
     shape: tuple[int, ...]
@@ -41,30 +46,44 @@ class Objects:
     most_chunk_bytes: int
 
     @classmethod
-    def of(cls, array: Any) -> "Objects":
-        """The objects of a whole array as `Root.open_array` gives it."""
+    def of(cls, root: Root, name: str, metadata: dict[str, Any]) -> "Objects":
+        """The objects of a whole array with metadata that is known. Costs no request."""
+        array: Any = root.open_array(name, metadata)
         layout, codecs = array.chunk_layout, array.codec.to_json()["codecs"]
         shape, chunk = layout.write_chunk.shape, layout.read_chunk.shape
         item = array.dtype.numpy_dtype.itemsize
         whole, part = math.prod(shape) * item, math.prod(chunk) * item
         if codecs[0]["name"] != "sharding_indexed":
-            return cls(array, array.kvstore.path, shape, whole + CHECKSUM_BYTES, 0, 0)
+            return cls(root, array, array.kvstore.path, shape, whole + CHECKSUM_BYTES, 0, 0)
         names = [codec["name"] for codec in codecs[0]["configuration"]["codecs"]]
         chunks = whole // part
         most = part + CHECKSUM_BYTES * ("crc32c" in names)
         most += (part // 128 + 1024) * ("zstd" in names)  # twice what rows that cannot be compressed grow by
-        return cls(array, array.kvstore.path, shape, chunks * (most + 16) + CHECKSUM_BYTES, chunks, most)
+        return cls(root, array, array.kvstore.path, shape, chunks * (most + 16) + CHECKSUM_BYTES, chunks, most)
 
-    def view(self, *selection: int | slice) -> Any:
-        """The part of the array that `selection` names, ready to be read; its objects are looked at now.
+    def begin(self, doing: str, *selection: int | slice) -> Operation[Any]:
+        """Begins to read the part of the array that `selection` names into a new array.
 
-        Costs a look at each file, and one small read for each shard that was not looked at before.
+        Args:
+            doing: what it is, for messages: `read layer of runs/x.acts.zarr`.
+            selection: as an index of the array; axes that are not named are whole.
+
+        Its files are looked at now: a look at each, and one small read for each shard that was not looked at before.
 
         Raises:
             CorruptStoreError: an object is no file, is too large, or has an index that claims too much.
         """
-        for key in self._keys(selection):
-            self._check(f"{self.folder}{key}")
+        return self.root.begin(doing, self._view(selection).read)
+
+    def begin_into(self, doing: str, values: Shaped[np.ndarray, "..."], *selection: int | slice) -> Operation[Any]:
+        """The same into an array that is there, of the same shape and dtype; its contents are undefined until then."""
+        target, part = ts.array(values), self._view(selection)
+        return self.root.begin(doing, lambda: target.write(part), size=values.nbytes)
+
+    def _view(self, selection: tuple[int | slice, ...]) -> Any:
+        if self.root.is_local:
+            for key in self._keys(selection):
+                self._check(f"{self.folder}{key}")
         return self.array[selection] if selection else self.array
 
     def _keys(self, selection: tuple[int | slice, ...]) -> Iterator[str]:
@@ -113,12 +132,3 @@ def _longest_chunk(path: str, size: int, _changed: int, _number: int, chunks: in
     index: UInt64[np.ndarray, "chunk 2"] = np.frombuffer(data, "<u8").reshape(chunks, 2)
     lengths = index[(index != MISSING).any(axis=1), 1]
     return int(lengths.max(initial=0))
-
-
-def kind_of(mode: int) -> str:
-    """What a file that is not a regular one is called."""
-    kinds = {
-        stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-        stat.S_IFSOCK: "a socket",
-    }  # fmt: skip
-    return kinds.get(stat.S_IFMT(mode), "no file")

@@ -12,7 +12,7 @@ from xarray.core import indexing
 
 from actstore.errors import CorruptStoreError, UnfinishedStoreError
 from actstore.gather import Samples, Source, gather
-from actstore.kvstore import TIMEOUT_SECONDS, Root, refuse_fork, storage_errors
+from actstore.kvstore import Root, refuse_fork
 from actstore.ledger import committed_blocks, committed_ranges, read_status, refuse_lost_group
 from actstore.mapped import can_map
 from actstore.metadata import array_metadata, group_metadata
@@ -187,7 +187,7 @@ def open_dataset(
         if [name] == spec["dimension_names"]:
             variables[name] = _labels(root, plan, name, spec, complete=complete)
         else:
-            source = Source(root.open_array(name, spec), name, plan.layout, root.url, vouchers)
+            source = Source(Objects.of(root, name, spec), name, plan.layout, root.url, vouchers)
             variables[name] = _variable(root, source, spec, raw=raw, committed=committed)
     if ROW not in metadata and ROW not in drop:
         numbers = indexing.LazilyIndexedArray(RowNumbers(plan.layout.samples, committed))
@@ -236,8 +236,7 @@ def _labels(root: Root, plan: Plan, name: str, spec: dict[str, Any], *, complete
     expected = next(site.layers for site in layered if plan.layout.layer_dimension(site) == name)
     if not complete:
         return xr.Variable([name], np.asarray(expected or (), np.int32), spec["attributes"])
-    with storage_errors(f"read {name} of {root.url}"):
-        labels = np.asarray(Objects.of(root.open_array(name, spec)).view().read().result(timeout=TIMEOUT_SECONDS))
+    labels = np.asarray(Objects.of(root, name, spec).begin(f"read {name} of {root.url}").result())
     if not np.array_equal(labels, expected or ()):
         raise CorruptStoreError(
             f"{name} of {root.url} has the labels {labels.tolist()[:20]}, the plan has {list(expected or ())[:20]}; "

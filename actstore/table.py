@@ -5,6 +5,7 @@ when few of its tokens are stored as rows, so that every row can be shown in its
 """
 
 import dataclasses
+import functools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Float64, Int, Int32, Int64, Shaped, UInt32
 
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError, UnknownNameError
-from actstore.kvstore import TIMEOUT_SECONDS, Root, storage_errors
+from actstore.kvstore import Root
 from actstore.layout import check_name
 from actstore.ledger import TABLE_KEY, checksum, key_in, write_table_marker
 from actstore.metadata import TABLE_CHUNK_BYTES, table_group, table_groups, table_metadata
@@ -169,12 +170,14 @@ def write_table(root: Root, plan: Plan, table: DocumentTable) -> None:
                 f"{root.url} holds other documents of the same sizes; choose another target, or give those it holds"
             )
         return
-    with storage_errors(f"write documents of {root.url}"):
-        for group in _groups(arrays):  # it may be larger than memory
-            opened = [(root.open_array(f"{where}/{name}", metadata[name]), first, part) for name, first, part in group]
-            pending = [array[first : first + len(part)].write(part) for array, first, part in opened]
-            for future in pending:
-                future.result()
+    for group in _groups(arrays):  # it may be larger than memory
+        pending = []
+        for name, first, part in group:
+            target = root.open_array(f"{where}/{name}", metadata[name])[first : first + len(part)]
+            start = functools.partial(target.write, part)
+            pending.append(root.begin(f"write documents of {root.url}", start, size=part.nbytes))
+        for writing in pending:
+            writing.result()
     write_table_marker(root, plan, TableMarker(format=FORMAT, fingerprint=plan.fingerprint, checksums=checksums))
 
 
@@ -212,9 +215,8 @@ def stored_tokens(
     marker = TableMarker.from_json(data, where=f"{root.url}/{key}")
     metadata, found = table_metadata(plan.documents), []
     for name in ("token_offsets", "token_id", "token_start"):
-        with storage_errors(f"read {group}/{name} of {root.url}"):
-            objects = Objects.of(root.open_array(f"{group}/{name}", metadata[name]))
-            values = np.asarray(objects.view().read().result(timeout=TIMEOUT_SECONDS))
+        objects = Objects.of(root, f"{group}/{name}", metadata[name])
+        values = np.asarray(objects.begin(f"read {group}/{name} of {root.url}").result())
         if checksum(values) != marker.checksums.get(name):
             raise CorruptStoreError(
                 f"{group}/{name} of {root.url} differs from the checksum of its marker; run `actstore verify`"
@@ -336,9 +338,8 @@ class _Part:
         spans = self._spans(column, documents, self._layout.strings[column], item_bytes=1)
         data = self._open(f"{column}_bytes")
         try:
-            with storage_errors(f"read documents of {self._root.url}"):
-                reads = [(span, data.view(span).read()) for span in _joined(spans)]
-                pieces = {span.start: bytes(np.asarray(future.result())) for span, future in reads}
+            reads = [(span, data.begin(self._doing, span)) for span in _joined(spans)]
+            pieces = {span.start: bytes(np.asarray(reading.result())) for span, reading in reads}
             starts = sorted(pieces)
             held = [starts[bisect_right(starts, span.start) - 1] for span in spans]
             return [
@@ -362,9 +363,8 @@ class _Part:
     def tokens(self, document: int) -> tuple[Int32[np.ndarray, " token"], UInt32[np.ndarray, "token edge"]]:
         """Token ids of a document that is there, and the [start, end) bytes of each in its text."""
         (span,) = self._spans("token", np.array([document]), self._layout.tokens, item_bytes=TOKEN_BYTES)
-        with storage_errors(f"read documents of {self._root.url}"):
-            pending = [self._open(name).view(span).read() for name in ("token_id", "token_start", "token_end")]
-            ids, start, end = (future.result() for future in pending)
+        pending = [self._open(name).begin(self._doing, span) for name in ("token_id", "token_start", "token_end")]
+        ids, start, end = (reading.result() for reading in pending)
         return np.asarray(ids), np.stack([start, end], axis=1)
 
     def _spans(self, column: str, documents: Int[np.ndarray, " n"], size: int, *, item_bytes: int) -> list[slice]:
@@ -411,11 +411,14 @@ class _Part:
     def _read(self, name: str, number: int, size: int) -> np.ndarray:
         """One chunk of an array of `size` values of 8 bytes."""
         span = slice(number * EDGES, min((number + 1) * EDGES, size))
-        with storage_errors(f"read documents of {self._root.url}"):
-            return np.asarray(self._open(name).view(span).read().result())
+        return np.asarray(self._open(name).begin(self._doing, span).result())
+
+    @property
+    def _doing(self) -> str:
+        return f"read documents of {self._root.url}"
 
     def _open(self, name: str) -> Objects:
-        return Objects.of(self._root.open_array(f"{self._group}/{name}", self._metadata[name]))
+        return Objects.of(self._root, f"{self._group}/{name}", self._metadata[name])
 
 
 def _joined(spans: Iterable[slice]) -> list[slice]:

@@ -20,7 +20,7 @@ import xxhash
 
 from actstore.errors import ActstoreError, CorruptStoreError
 from actstore.generations import first_layer
-from actstore.kvstore import Root, storage_errors
+from actstore.kvstore import Root
 from actstore.layout import Layout
 from actstore.ledger import (
     MANIFEST_KEY,
@@ -133,7 +133,7 @@ def verify(
     shards = [shard for each, marker in markers for shard in _shards(each, marker)]
     chosen = {shard for shard in shards if depth == "full" or (depth == "sample" and _drawn(shard, share))}
     arrays = {
-        name: Objects.of(root.open_array(name, spec))
+        name: Objects.of(root, name, spec)
         for name, spec in array_metadata(plan, complete=False).items()  # padded: a block of an addition may be short
         if "/" not in name
     }
@@ -189,12 +189,11 @@ def _check_shard(arrays: dict[str, Any], layout: Layout, shard: _Shard, *, whole
     sizes = [site.row_bytes * layout.chunk_samples for site in layout.sites if site.name == shard.array]
     step = max(PIECE_BYTES // sizes[0], 1) * layout.chunk_samples if sizes else layout.block_samples
     try:
-        with storage_errors("read it"):
-            if not whole:
-                objects.view(*layer, slice(shard.stop - 1, shard.stop)).read().result()
-                return None, 0
-            size = layout.chunk_samples if shard.chunks else 0
-            found = _read(objects, shard.start, shard.stop, step, *layer, chunk_samples=size)
+        if not whole:
+            objects.begin("read it", *layer, slice(shard.stop - 1, shard.stop)).result()
+            return None, 0
+        size = layout.chunk_samples if shard.chunks else 0
+        found = _read(objects, shard.start, shard.stop, step, *layer, chunk_samples=size)
     except ActstoreError as error:
         problem = str(error).removesuffix("; run `actstore verify`")
         return Finding(name, problem, shard.block, shard.generation), 0
@@ -223,7 +222,7 @@ def _read(objects: Objects, start: int, stop: int, step: int, *layer: int, chunk
     found, chunks, bounds = xxhash.xxh3_128(), "", list[int]()
     while start < stop:
         end = min((start // step + 1) * step, stop)
-        values = np.ascontiguousarray(objects.view(*layer, slice(start, end)).read().result())
+        values = np.ascontiguousarray(objects.begin("read it", *layer, slice(start, end)).result())
         found.update(values.view(np.uint8).data)
         chunks += chunk_digests(values, start=start, chunk_samples=chunk_samples) if chunk_samples else ""
         bounds += [int(values.min()), int(values.max())] if values.dtype.kind in "iu" and not chunk_samples else []
@@ -299,8 +298,7 @@ def _label_findings(root: Root, plan: Plan) -> Iterator[Finding]:
             continue
         name = plan.layout.layer_dimension(site)
         try:
-            with storage_errors("read it"):
-                labels = Objects.of(root.open_array(name, metadata[name])).view().read().result()
+            labels = Objects.of(root, name, metadata[name]).begin("read it").result()
         except ActstoreError as error:
             yield Finding(name, str(error).removesuffix("; run `actstore verify`"))
             continue
@@ -378,11 +376,10 @@ def _document_findings(root: Root, plan: Plan, *, whole: bool) -> Iterator[Findi
         yield finding(key, "is of another plan, or vouches for other arrays")
         return
     for name, spec in arrays.items():
-        objects = Objects.of(root.open_array(name, spec))
+        objects = Objects.of(root, name, spec)
         (size,), (chunk,) = objects.array.shape, objects.shape
         try:
-            with storage_errors("read it"):
-                digest = _read(objects, 0, size if whole else min(size, 1), chunk).digest
+            digest = _read(objects, 0, size if whole else min(size, 1), chunk).digest
         except ActstoreError as error:
             yield finding(name, str(error))
             continue

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from actstore.errors import InputError
 from actstore.gather import Source, gather
 from actstore.generations import added_sites, first_layer
-from actstore.kvstore import Root, storage_errors
+from actstore.kvstore import Operation, Root
 from actstore.layout import BLOCKS_IN_MEMORY, Column, Layout, Site, norm_name
 from actstore.ledger import (
     checksum,
@@ -60,10 +60,10 @@ class Writer:
         assets: Mapping[str, bytes] | None = None,
         blocks_in_flight: int = BLOCKS_IN_FLIGHT,
     ) -> None:
-        root.check_writable(0)  # before a listing, which would say less about what is wrong
+        root.check_writable()  # before a listing, which would say less about what is wrong
         self._sites = {site.name: site for site in added_sites(plan)}
         sample_bytes = sum(site.sample_bytes for site in self._sites.values())
-        root.check_writable(len(missing_blocks(root, plan)) * plan.layout.block_samples * sample_bytes)
+        root.check_space(len(missing_blocks(root, plan)) * plan.layout.block_samples * sample_bytes)
         create_plan(root, plan)
         write_assets(root, plan, assets or {})
         create_nodes(root, plan)
@@ -87,11 +87,12 @@ class Writer:
         """The most that the writer holds: the blocks being written, and the next one while `write` waits.
 
         Arrays handed over in the stored dtype and in C order are not copied: they are these blocks. Others are copied,
-        and the caller's own come on top until `write` returns. Codec `zstd` holds the compressed shards being written.
+        and the caller's own come on top until `write` returns. Shards that are compressed, or that go to a bucket, are
+        held once more while they are written.
         """
         shard_bytes = max(site.row_bytes for site in self.layout.sites) * self.layout.block_samples
-        compressed = 2 * SHARDS_AT_ONCE * shard_bytes if self.layout.codec == "zstd" else 0
-        return (self._blocks_in_flight + 1) * self.layout.block_bytes + compressed
+        encoded = 2 * SHARDS_AT_ONCE * shard_bytes if self._encodes else 0
+        return (self._blocks_in_flight + 1) * self.layout.block_bytes + encoded
 
     def write(
         self, block: int, activations: Mapping[str, ArrayLike], *, samples: Mapping[str, ArrayLike] | None = None
@@ -206,20 +207,19 @@ class Writer:
         chunks = {name: tuple(layer.chunks for layer in layers) for name, layers in written.items()}
         if sum(len(digests) for layers in chunks.values() for digests in layers) > 8 * MAX_CHUNK_DIGESTS:
             chunks = {}
-        pending: list[Any] = []
-        with storage_errors(f"write block {block} of {self.root.url}"):
-            for name, layers in written.items():
-                norms = [layer.norms for layer in layers]
-                for index, row in enumerate(norms, start=first_layer(self.plan, name)):
-                    whole = _joined(before.get((norm_name(name), index)), row)
-                    pending.append(self._start(norm_name(name), first, whole, layer=index))
-                checksums[norm_name(name)] = tuple(map(checksum, norms))
-            for name, values in columns.items():
-                pending.append(self._start(name, first, _joined(before.get((name, 0)), values)))
-                checksums[name] = (checksum(values),)
-            for future in pending:
-                future.result()
-            self._start("valid", first, np.ones(stop - first, np.uint8)).result()
+        pending: list[Operation[Any]] = []
+        for name, layers in written.items():
+            norms = [layer.norms for layer in layers]
+            for index, row in enumerate(norms, start=first_layer(self.plan, name)):
+                whole = _joined(before.get((norm_name(name), index)), row)
+                pending.append(self._start(norm_name(name), first, whole, layer=index))
+            checksums[norm_name(name)] = tuple(map(checksum, norms))
+        for name, values in columns.items():
+            pending.append(self._start(name, first, _joined(before.get((name, 0)), values)))
+            checksums[name] = (checksum(values),)
+        for writing in pending:
+            writing.result()
+        self._start("valid", first, np.ones(stop - first, np.uint8)).result()
         marker = Marker(
             format=FORMAT,
             block=block,
@@ -257,10 +257,9 @@ class Writer:
         refuse = functools.partial(_refuse_non_finite, site, layer)
         sums = RowSums(len(rows), start=start, chunk_samples=layout.chunk_samples, refuse=refuse)
         block = start // layout.block_samples
-        if layout.codec == "zstd":
+        if self._encodes:
             sums.add_all(rows)
-            with storage_errors(f"write {name} of {self.root.url}"):
-                self._start(name, block * layout.block_samples, _joined(before, rows), layer=layer).result()
+            self._start(name, block * layout.block_samples, _joined(before, rows), layer=layer).result()
         else:
             pieces = encode(
                 rows, sums=sums, before=before, fill=np.asarray(self._arrays[name].fill_value), codec=layout.codec,
@@ -269,14 +268,21 @@ class Writer:
             self.root.write_pieces(shard_key(site, layer, block), pieces)
         return sums
 
-    def _start(self, name: str, start: int, rows: Array, *, layer: int = 0) -> Any:
+    @property
+    def _encodes(self) -> bool:
+        """Whether TensorStore makes the bytes of a shard: compressed ones, and those that are sent whole."""
+        return self.layout.codec == "zstd" or not self.root.streams
+
+    def _start(self, name: str, start: int, rows: Array, *, layer: int = 0) -> Operation[Any]:
         """Starts writing a whole shard or chunk through TensorStore."""
         array, rows = self._arrays[name], self._padded(name, rows)
         block = start // self.layout.block_samples
-        self.root.refuse_link(f"{name}/c/{layer}/{block}" if array.rank > rows.ndim else f"{name}/c/{block}")
+        key = f"{name}/c/{layer}/{block}" if array.rank > rows.ndim else f"{name}/c/{block}"
+        self.root.refuse_link(key)
         span = slice(start, start + len(rows))
         target = array[layer, span] if array.rank > rows.ndim else array[span]
-        return target.write(rows, can_reference_source_data_indefinitely=True)
+        begin = functools.partial(target.write, rows, can_reference_source_data_indefinitely=True)
+        return self.root.begin(f"write {key} of {self.root.url}", begin, size=rows.nbytes)
 
     def _padded(self, name: str, rows: Array) -> Array:
         """Rows of a whole block: a short last block is filled up with the fill value."""
@@ -296,8 +302,8 @@ class Writer:
             (chunk,) = metadata[name]["chunk_grid"]["configuration"]["chunk_shape"]
             labels = np.pad(np.asarray(site.layers, np.int32), (0, -len(site.layers) % chunk), constant_values=-1)
             whole = {**metadata[name], "shape": [len(labels)]}  # a part of a chunk would be read before it is written
-            with storage_errors(f"write {name} of {self.root.url}"):
-                self.root.open_array(name, whole).write(labels).result()
+            start = functools.partial(self.root.open_array(name, whole).write, labels)
+            self.root.begin(f"write {name} of {self.root.url}", start).result()
 
 
 def _joined(before: Array | None, rows: Array) -> Array:

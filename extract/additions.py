@@ -126,7 +126,7 @@ def _opened(
 ) -> tuple[Root, "Model", dict[str, Any], Arrangement]:
     """The store's root, the model as it was used then, and the provenance and arrangement that the store began with."""
     root = Root.of(url)
-    root.check_writable(0)
+    root.check_writable()
     first: dict[str, Any] = lineage(root, read_plan(root))[0].provenance
     try:
         compute, arrangement = first["model"]["compute_dtype"], Arrangement.of_json(first)

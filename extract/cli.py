@@ -100,7 +100,7 @@ def extract(
     from actstore.kvstore import Root
 
     port = chosen(reporting, options)
-    Root.of(store).check_writable(0)  # before minutes of tokenising
+    Root.of(store).check_writable()  # before minutes of tokenising
     rank, most = chosen(workers, options), chosen(limits, options)
     if rank.workers > 1 and options["tokens_folder"] is not None:
         options["tokens_folder"] = str(Path(options["tokens_folder"]) / f"worker-{rank.rank}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from actstore import Layout, Plan, Site
 from actstore.errors import CorruptStoreError, InputError
-from actstore.kvstore import Root, storage_errors
+from actstore.kvstore import Root
 from actstore.metadata import array_metadata
 from actstore.objects import Objects
 from actstore.schema import (
@@ -134,12 +134,11 @@ def check_shard(url: Path, data: bytes) -> str:
     place = url / "a" / "c" / "0" / "0"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(data)
-    objects = Objects.of(Root.of(url).open_array("a", SHARD_METADATA))
+    objects = Objects.of(Root.of(url), "a", SHARD_METADATA)
     refused = 0
     for start in range(0, 16, 4):
         try:
-            with storage_errors(f"read a of {url}"):
-                rows = np.asarray(objects.view(slice(start, start + 4)).read().result(timeout=60))
+            rows = np.asarray(objects.begin(f"read a of {url}", slice(start, start + 4)).result())
         except CorruptStoreError:
             refused += 1
             continue

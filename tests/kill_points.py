@@ -362,7 +362,9 @@ def without_sync() -> Iterator[None]:
     real = Root.of.__func__  # type: ignore[attr-defined]
 
     def of(cls: type[Root], url: Any) -> Root:
-        return dataclasses.replace(real(cls, url), context=ts.Context({"file_io_sync": False}))
+        root = real(cls, url)
+        root.place.__dict__["context"] = ts.Context({"file_io_sync": False})
+        return root
 
     with mock.patch.object(Root, "of", classmethod(of)), mock.patch.object(os, "fsync", return_value=None):
         yield

@@ -509,9 +509,10 @@ def simulated(disk: Disk, url: Path, wait: Callable[[Request], Any]) -> Iterator
     fake = FakeTensorStore(disk, url, wait)
     with ExitStack() as stack:
         for place, name, value in [
-            (kvstore, "ts", fake),
-            (kvstore, "write_durably", fake.write_durably),
-            (Root, "check_writable", lambda root, need_bytes: None),
+            *((module, "ts", fake) for module in (kvstore.local, kvstore.place, kvstore.root)),
+            (kvstore.local, "write_durably", fake.write_durably),
+            (Root, "check_writable", lambda root: None),
+            (Root, "check_space", lambda root, need_bytes: None),
             (writer, "ThreadPoolExecutor", lambda *_, **__: Executor(disk.generator)),
         ]:
             stack.enter_context(mock.patch.object(place, name, value))

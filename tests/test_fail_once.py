@@ -154,9 +154,10 @@ def observed(calls: Calls) -> Iterator[None]:
 
     real_replace, real_disk_usage = Path.replace, shutil.disk_usage
     stores = SimpleNamespace(open=open_store, KeyRange=ts.KvStore.KeyRange)
+    tensorstore = SimpleNamespace(open=open_array, Context=ts.Context, KvStore=stores)
     with ExitStack() as stack:
         for place, name, value in [
-            (kvstore, "ts", SimpleNamespace(open=open_array, Context=ts.Context, KvStore=stores)),
+            *((module, "ts", tensorstore) for module in (kvstore.local, kvstore.place, kvstore.root)),
             (durable, "os", ObservedSystem(calls)),
             (durable, "fcntl", SimpleNamespace(**vars(fcntl) | {"fcntl": lock})),
             (Path, "mkdir", mkdir),
@@ -230,7 +231,7 @@ def check_one_failure(url: Path, calls: Calls, whole: dict[str, bytes]) -> None:
 def test_an_error_that_nobody_translates_would_be_seen(tmp_path: Path) -> None:
     url = tmp_path / "x.acts.zarr"
     calls = Calls(url, "disk_usage . #1", FAILURES["no space"])
-    as_it_comes = mock.patch.object(kvstore, "storage_errors", return_value=nullcontext())
+    as_it_comes = mock.patch.object(kvstore.local, "storage_errors", return_value=nullcontext())
     with as_it_comes, pytest.raises(OSError, match="No space left"):
         check_one_failure(url, calls, {})
 

@@ -16,6 +16,7 @@ import tensorstore as ts
 from actstore.errors import (
     ActstoreError,
     CorruptStoreError,
+    CredentialsError,
     InputError,
     StorageError,
     StorageFullError,
@@ -201,16 +202,6 @@ def test_dots_and_links_lead_to_the_same_store(tmp_path, monkeypatch):
     assert Root.of("link/../x.acts.zarr").read("a") == b"1"  # as the operating system reads it: `..` of the link's end
 
 
-@pytest.mark.parametrize("scheme", ["s3", "gs", "http", "https", "memory", "zip", "S3"])
-def test_other_addresses_are_refused(scheme):
-    with pytest.raises(InputError) as caught:
-        Root.of(f"{scheme}://bucket/x.acts.zarr")
-    assert str(caught.value) == (
-        f"cannot open '{scheme}://bucket/x.acts.zarr': found a {scheme}:// address, this version reads and writes "
-        "local paths and file:// addresses; copy the store to a local folder first"
-    )
-
-
 @pytest.mark.parametrize("address", ["", "/", "file:///", "."])
 def test_an_address_needs_a_name(address):
     with pytest.raises(InputError, match="is not a place for a store; expected a path such as runs/qwen"):
@@ -229,7 +220,7 @@ def test_a_backslash_is_refused():
 @pytest.mark.parametrize("name", ["x.zarr", ".acts.zarr", "x", "x.acts.zarr.bak"])
 def test_a_target_needs_the_suffix(tmp_path, name):
     with pytest.raises(InputError, match="is not a name for a store; expected one that ends in"):
-        Root.of(tmp_path / name).check_writable(0)
+        Root.of(tmp_path / name).check_writable()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,7 +241,7 @@ def test_missing_folders_are_made(tmp_path, contents):
 
 def test_too_little_space_is_said_before_anything_is_written(root):
     with pytest.raises(StorageFullError) as caught:
-        root.check_writable(1 << 60)
+        root.check_space(1 << 60)
     check_message(caught.value, "the run needs 1,152,921,504,606,846,976 bytes, ", " are free in ", "free some space")
     assert not root.path.exists()
 
@@ -264,7 +255,7 @@ def test_a_folder_that_may_not_be_written_is_refused():
         "    os.setuid(65534)\n"
         "for target in sys.argv[1:]:\n"
         "    try:\n"
-        "        Root.of(target).check_writable(0)\n"
+        "        Root.of(target).check_writable()\n"
         "    except Exception as error:\n"
         "        print(type(error).__name__, error)\n"
     )
@@ -298,7 +289,7 @@ def test_a_full_disk(tmp_path, contents):
         assert root.read("large") is None
         assert root.read("before") == b"1"
         with pytest.raises(StorageFullError, match="are free in"):
-            root.check_writable(2 << 20)
+            root.check_space(2 << 20)
 
 
 def test_a_disk_that_fills_up_commits_nothing_more(tmp_path, contents):
@@ -393,7 +384,7 @@ def test_a_flipped_bit_is_an_error(root, contents):
 STATUS = {
     "unknown": ("INTERNAL: something odd [source locations='x.cc:1']", StorageError, "run the same command again"),
     "denied": ("PERMISSION_DENIED: no [tensorstore_spec='{...}']", StoragePermissionError, "check the permissions"),
-    "credentials": ("UNAUTHENTICATED: who are you", StoragePermissionError, "check your credentials"),
+    "credentials": ("UNAUTHENTICATED: who are you", CredentialsError, "check your credentials"),
     "quota": ("RESOURCE_EXHAUSTED: Disk quota exceeded", StorageFullError, "raise the quota"),
     "too many requests": ("RESOURCE_EXHAUSTED: too many", StorageFullError, "free some space"),
     "deadline": ("DEADLINE_EXCEEDED: slow", StorageError, "too slow or gone"),
