@@ -19,7 +19,7 @@ from actstore.generations import extend
 from actstore.kept import Kept, norm_statistics
 from actstore.kvstore import Root
 from actstore.layout import Layout, Site
-from actstore.ledger import appended_plan, committed_blocks, lineage, read_plan, read_status
+from actstore.ledger import appended_plan, committed_blocks, find_plan, lineage, read_status
 from actstore.lookup import TokenInContext, column, in_context
 from actstore.marked import TokenRows
 from actstore.norms import NormStatistics
@@ -310,8 +310,8 @@ def open(url: str | os.PathLike[str], *, partial: bool = False) -> Store:  # noq
         >>> rows = next(store.batches(site="resid_post", layer=12, batch_size=4096))  # doctest: +SKIP
     """
     root = Root.of(url)
-    plan = read_plan(root, unfinished=partial)
-    if not partial:
+    plan, complete = find_plan(root, unfinished=partial)
+    if not complete and not partial:
         check_complete(root, plan)
     return Store(root, plan)
 

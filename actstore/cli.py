@@ -24,7 +24,7 @@ from actstore.errors import ActstoreError, CorruptStoreError, InputError, Unfini
 from actstore.garbage import find_garbage, remove_garbage
 from actstore.kvstore import Root
 from actstore.ledger import abandon as abandon_addition
-from actstore.ledger import read_plan, read_status
+from actstore.ledger import find_plan, read_status
 from actstore.logs import error_line
 from actstore.reader import unfinished
 from actstore.repair import repair as repair_store
@@ -289,8 +289,10 @@ def _by_layer(site: actstore.Site, norms: np.ndarray) -> dict[str, float]:
 def _finished(store: str) -> actstore.Store:
     """The store; one that is being written is refused without advice that a command cannot follow."""
     root = Root.of(store)
-    plan = read_plan(root)
-    if read_status(root, plan) != "complete":
+    plan, complete = find_plan(root)
+    if complete is None:
+        complete = read_status(root, plan) == "complete"
+    if not complete:
         raise UnfinishedStoreError(unfinished(root, plan))
     return actstore.Store(root, plan)
 

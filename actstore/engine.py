@@ -9,7 +9,7 @@ from xarray.backends import BackendEntrypoint
 
 from actstore import accessor  # noqa: F401  datasets have `.acts` then
 from actstore.kvstore import SUFFIX, Root
-from actstore.ledger import read_plan
+from actstore.ledger import find_plan, read_plan
 from actstore.reader import open_dataset
 from actstore.texts import documents_dataset
 
@@ -39,7 +39,8 @@ class ActstoreBackend(BackendEntrypoint):
         """The store as a lazy Dataset; see `actstore.reader.open_dataset`."""
         root = Root.of(filename_or_obj)
         drop = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
-        return open_dataset(root, read_plan(root, unfinished=partial), raw=raw, partial=partial, check=check, drop=drop)
+        plan, complete = find_plan(root, unfinished=partial)
+        return open_dataset(root, plan, raw=raw, partial=partial, check=check, drop=drop, complete=complete)
 
     def open_groups_as_dict(  # type: ignore[override]  # engines add their own keywords
         self, filename_or_obj: str | os.PathLike[str], **settings: Any

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -83,16 +83,44 @@ def read_plan(root: Root, *, unfinished: bool = False) -> Plan:
         StoreNotFoundError: there is none here.
         CorruptStoreError: it is damaged.
     """
+    return find_plan(root, unfinished=unfinished).plan
+
+
+class Found(NamedTuple):
+    """The plan of a store, and whether it is complete; None where the root group, which says so, is damaged."""
+
+    plan: Plan
+    complete: bool | None
+
+
+def find_plan(root: Root, *, unfinished: bool = False) -> Found:
+    """As `read_plan`; the root group is read once for both answers.
+
+    Raises:
+        StoreNotFoundError: there is none here.
+        CorruptStoreError: its plan is damaged.
+    """
     plan = _stored_plan(root, 1)
     if plan is None:
         raise StoreNotFoundError(
             f"no activation store at {root.url}: found no {PLAN_KEY}, expected a folder made by `actstore extract` or "
             f"`actstore.create`; check the path{root.hint(PLAN_KEY)}"
         )
-    complete = _complete_generations(root)
-    while plan.generation < complete:
+    try:
+        attributes, damaged = _root_attributes(root), False
+        newest = _newest_complete(attributes)
+    except CorruptStoreError:
+        attributes, damaged = None, True
+        sealed = itertools.count(1)
+        newest = next(number for number in sealed if root.read(key_in(number, SEAL_KEY)) is None) - 1
+    while plan.generation < newest:
         plan = _next_plan(root, plan, required=True)
-    return _next_plan(root, plan, required=False) if unfinished and complete else plan
+    if unfinished and newest:
+        plan = _next_plan(root, plan, required=False)
+    with contextlib.suppress(CorruptStoreError):
+        if not damaged:
+            return Found(plan, _status(root, plan, attributes) == "complete")
+    return Found(plan, None)
 
 
 def lineage(root: Root, plan: Plan) -> tuple[Plan, ...]:
@@ -157,15 +185,6 @@ def _stored_plan(root: Root, generation: int) -> Plan | None:
     return plan
 
 
-def _complete_generations(root: Root) -> int:
-    """How many generations are complete: by the root group, or by the seals where that is damaged."""
-    try:
-        return _newest_complete(root)
-    except CorruptStoreError:
-        sealed = itertools.count(1)
-        return next(number for number in sealed if root.read(key_in(number, SEAL_KEY)) is None) - 1
-
-
 def _next_plan(root: Root, plan: Plan, *, required: bool) -> Plan:
     """The plan that was appended to `plan`; `plan` itself where there is none and none is required."""
     later = _stored_plan(root, plan.generation + 1)
@@ -185,7 +204,11 @@ def read_status(root: Root, plan: Plan) -> Literal["writing", "complete"]:
     Raises:
         CorruptStoreError: the attributes are damaged or belong to another plan.
     """
-    attributes = _root_attributes(root)
+    return _status(root, plan, _root_attributes(root))
+
+
+def _status(root: Root, plan: Plan, attributes: RootAttributes | None) -> Literal["writing", "complete"]:
+    """The status of the generation of `plan` by the attributes of the root group."""
     if attributes is None:
         return "writing"  # killed between plan and group: nothing is committed yet
     if attributes.generation == plan.generation and attributes.fingerprint != plan.fingerprint:
@@ -459,7 +482,9 @@ def seal(root: Root, plan: Plan) -> None:
     ranges = None if gathered is None else gathered.to_json()
     if ranges is not None:
         root.write(key_in(plan.generation, RANGES_KEY), ranges)
-    if _newest_complete(root) <= plan.generation:  # else it was appended to meanwhile: readers see more already
+    if (
+        _newest_complete(_root_attributes(root)) <= plan.generation
+    ):  # else it was appended to meanwhile: readers see more already
         if plan.base is not None and plan.documents is not None:
             root.write(f"{table_group(plan.generation)}/zarr.json", canonical_json(documents_group()))
         for name, metadata in array_metadata(plan, complete=True).items():
@@ -513,9 +538,8 @@ def _check_base(root: Root, plan: Plan) -> None:
         seal(root, before)  # its writer was stopped just before
 
 
-def _newest_complete(root: Root) -> int:
+def _newest_complete(attributes: RootAttributes | None) -> int:
     """How many generations are complete, by the root group alone."""
-    attributes = _root_attributes(root)
     return attributes.generation if attributes is not None and attributes.status == "complete" else 0
 
 

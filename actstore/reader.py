@@ -156,6 +156,7 @@ def open_dataset(
     partial: bool = False,
     check: bool = True,
     drop: Iterable[str] = (),
+    complete: bool | None = None,
 ) -> xr.Dataset:
     """The store as a lazy xarray Dataset: one variable per site, coordinates on `sample` and `layer`.
 
@@ -166,15 +167,17 @@ def open_dataset(
         partial: True also opens an unfinished store, with the samples of its committed blocks only.
         check: False reads without comparing chunks with their commit markers: for stores that were just verified.
         drop: names of variables to leave out.
+        complete: whether the store is complete, where that was just read; None reads it.
 
-    Only layer labels are read now; everything else when it is asked for.
+    Only layer labels are read now, and of remote storage not even these; everything else when it is asked for.
 
     Raises:
         UnfinishedStoreError: the store is not complete and `partial` is False.
         CorruptStoreError: the layer labels are damaged. What is read later raises it for what it finds then.
     """
-    complete = read_status(root, plan) == "complete"
-    if not partial:
+    if complete is None:
+        complete = read_status(root, plan) == "complete"
+    if not complete and not partial:
         check_complete(root, plan)
     metadata = array_metadata(plan, complete=complete)
     drop = set(drop)
@@ -227,14 +230,15 @@ def _variable(
 def _labels(root: Root, plan: Plan, name: str, spec: dict[str, Any], *, complete: bool) -> xr.Variable:
     """A layer coordinate: read at once, because xarray indexes it, and compared with the plan.
 
-    Of an unfinished store it is taken from the plan: its writer may have been stopped before it wrote any.
+    Of an unfinished store it is taken from the plan: its writer may have been stopped before it wrote any. Of remote
+    storage too: opening would cost two requests more for each, and the plan decides them.
 
     Raises:
         CorruptStoreError: it is damaged, or has other labels than the plan.
     """
     layered = [site for site in plan.layout.sites if site.layers is not None]
     expected = next(site.layers for site in layered if plan.layout.layer_dimension(site) == name)
-    if not complete:
+    if not complete or not root.is_local:
         return xr.Variable([name], np.asarray(expected or (), np.int32), spec["attributes"])
     labels = np.asarray(Objects.of(root, name, spec).begin(f"read {name} of {root.url}").result())
     if not np.array_equal(labels, expected or ()):

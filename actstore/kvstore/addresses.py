@@ -42,7 +42,9 @@ def parse(text: str) -> Address | str:
         InputError: it is neither, or holds what could lead elsewhere or give a secret away.
     """
     if text.lstrip().startswith(("{", "[{")) and ":" in text:
-        raise InputError(f"{_shown(text)} is JSON; expected a path or a URL such as gs://bucket/run{SUFFIX}")
+        raise InputError(
+            f"the address is JSON, of {len(text):,} characters; expected a path or a URL such as gs://bucket/run{SUFFIX}"
+        )
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", text, re.DOTALL)
     if found is None:
         return _path(text)
