@@ -20,7 +20,6 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -29,7 +28,9 @@ import greenlet
 
 from actstore import claims
 from actstore.claims import CLAIM_FOLDER
-from actstore.kvstore import Root
+from actstore.kvstore import Limits, Root
+from actstore.kvstore.addresses import Address
+from actstore.kvstore.remote import RemotePlace
 from actstore.layout import BLOCKS_IN_MEMORY, Layout, Site
 from actstore.ledger import MARKER_FOLDER, create_nodes, create_plan, is_sealed, vouched_arrays, write_marker
 from actstore.schema import FORMAT, Marker, Plan
@@ -235,7 +236,7 @@ class Bucket:
         state = "missing" if value is None else "value"
         return SimpleNamespace(state=state, value=value, stamp=SimpleNamespace(generation=value or b""))
 
-    def _put(self, key: str, value: bytes | None, if_equal: bytes | None) -> None:
+    def _put(self, key: str, value: bytes | None, if_equal: bytes | None) -> Any:
         folder = self._folders.setdefault(_folder(key), set())
         if value is None:
             folder.discard(key)
@@ -243,6 +244,7 @@ class Bucket:
         elif if_equal is None or if_equal == self.objects.get(key, b""):
             folder.add(key)
             self.objects[key] = value
+        return SimpleNamespace(generation="written")
 
     def _listed(self, span: Any) -> list[str]:
         prefix = span.inclusive_min.decode()
@@ -267,24 +269,22 @@ class BucketRoot(Root):
     """The real `Root`, whose key-value store is in memory."""
 
     def __init__(self, bucket: Bucket) -> None:
-        for name, value in {"url": "memory://run.acts.zarr", "path": Path("memory"), "bucket": bucket}.items():
-            object.__setattr__(self, name, value)
+        super().__init__("memory://simulated/run.acts.zarr", BucketPlace(bucket))
 
-    @contextmanager
-    def _store(self, doing: str) -> Iterator[Any]:
-        yield SimpleNamespace(read=self.bucket.read, write=self.bucket.write, list=self.bucket.keys)
 
-    def _look(self, key: str, most_bytes: int) -> None:
+class BucketPlace(RemotePlace):
+    """A real place in memory, but for what answers."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        super().__init__(Address("memory", "simulated", "run.acts.zarr"), Limits(deadline_seconds=1e5))
+        self.bucket = bucket
+        self.kv = SimpleNamespace(read=bucket.read, write=bucket.write, list=bucket.keys)
+
+    def look(self, key: str, most_bytes: int) -> None:
         pass
 
-    def refuse_link(self, key: str) -> None:
-        pass
-
-    def size(self, key: str) -> int:
-        return self.bucket.size(key)
-
-    def lock_files(self, folder: str = "") -> list[tuple[str, bool]]:
-        return []
+    def exists(self, key: str) -> bool:
+        return self.bucket.size(key) > 0
 
 
 class Host:

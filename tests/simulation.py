@@ -313,11 +313,14 @@ class FakeTensorStore:
             lambda: SimpleNamespace(
                 read=lambda key: _answer(lambda: _read_result(wait(disk.read(key)))),
                 write=lambda key, value, if_equal=None: _answer(
-                    lambda: wait(disk.put(key, value, if_absent=if_equal is not None))
+                    lambda: (wait(disk.put(key, value, if_absent=if_equal is not None)), WRITTEN)[1]
                 ),
                 list=lambda prefix: _answer(lambda: [key.encode() for key in wait(disk.keys(prefix))]),
             )
         )
+
+
+WRITTEN = SimpleNamespace(generation="written")
 
 
 def _answer(work: Callable[[], Any]) -> Any:
