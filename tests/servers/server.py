@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-BUCKET = "acts"
 STARTED_IN_SECONDS = 60  # a busy machine imports slowly
 
 NO_OTHER_ACCOUNT = {
@@ -31,16 +30,17 @@ class Missing(Exception):
 class Server:
     """One bucket behind an address: `s3` by path (`/bucket/key`), `gs` by the JSON interface, `http` to read only.
 
-    `environ` holds the credentials that this server accepts. `deviations` names the promises of the conformance suite
-    that it is known to break.
+    `environ` holds the credentials that this server accepts; `deviations` names the promises of the conformance suite
+    that it is known to break. Each server has a bucket of its own name: TensorStore keeps connections by bucket, and
+    one process may use several servers.
     """
 
     name: str
     scheme: Literal["s3", "gs", "http"]
     endpoint: str
     environ: Mapping[str, str]
+    bucket: str = ""
     deviations: frozenset[str] = frozenset()
-    bucket: str = BUCKET
 
     def through(self, endpoint: str) -> "Server":
         """The same bucket, reached through a proxy."""

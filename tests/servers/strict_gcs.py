@@ -30,7 +30,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from servers.server import BUCKET, Server, free_port, running
+from servers.server import Server, free_port, running
 
 TOKEN = "may-do-all"
 RIGHTS = frozenset({"get", "list", "put", "delete"})
@@ -41,6 +41,7 @@ IGNORED = {  # they change no stored byte; TensorStore sends its name with every
     "alt", "fields", "prettyPrint", "projection", "key", "userProject", "quotaUser", "tensorstore",
 }  # fmt: skip
 NAME = "strict-gcs"
+BUCKET = f"acts-{NAME}"
 _PLACE = re.compile(r"(?P<upload>/upload)?/storage/v1/b/(?P<bucket>[^/]+)/o(/(?P<name>[^/]+))?")
 _OPERATIONS = {  # by method, whether it uploads, whether the path names an object
     ("GET", False, True): "get",
@@ -57,7 +58,7 @@ def strict_gcs(**rights: frozenset[str]) -> Iterator[Server]:
     tokens = {TOKEN: RIGHTS} | rights
     allowed = [word for token, may in tokens.items() for word in ("--allow", f"{token}={','.join(sorted(may))}")]
     with running([sys.executable, __file__, "--port", str(port), *allowed], port):
-        yield Server(NAME, "gs", f"http://127.0.0.1:{port}", {"GOOGLE_AUTH_TOKEN_FOR_TESTING": TOKEN})
+        yield Server(NAME, "gs", f"http://127.0.0.1:{port}", {"GOOGLE_AUTH_TOKEN_FOR_TESTING": TOKEN}, BUCKET)
 
 
 class _Object(NamedTuple):

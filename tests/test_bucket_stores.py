@@ -1,0 +1,75 @@
+"""A store in a bucket, from four writers of which one dies to every kind of reader, on every server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from bucket_processes import LAYOUT, Processes, as_files, small_contents, stored, values
+from kill_points import check_kept
+from servers.everywhere import SERVERS, Started
+from servers.server import Missing, Server
+from stores import tree
+
+import actstore
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    with Processes() as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one writer leaves in a folder of this machine."""
+    url = tmp_path_factory.mktemp("local") / "run.acts.zarr"
+    small_contents().write(url)
+    return tree(url)
+
+
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest, started_servers: Started, monkeypatch: pytest.MonkeyPatch) -> Server:
+    try:
+        found = started_servers[request.param]
+    except Missing as error:
+        pytest.skip(f"NOT RUN: {error}")
+    for name, value in found.client_environ().items():
+        monkeypatch.setenv(name, value)
+    return found
+
+
+def test_four_writers_of_which_one_is_killed_leave_what_every_reader_reads(
+    server: Server, processes: Processes, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    key = "four/run.acts.zarr"
+    killed_at = "after write valid/c/1"  # all of block 1 but its marker
+    started = [
+        processes.start(server, "write", key, blocks=[block], seal=False, kill_at=killed_at)
+        for block in range(LAYOUT.blocks)
+    ]
+    assert sum(processes.wait(process).killed for process in started) == 1
+    marked = check_kept(as_files(stored(server, key), tmp_path / "killed"), small_contents(), whole)
+    assert marked == {0, 2, 3}
+    assert processes.value(server, "committed", key) == [0, 2, 3]
+    assert processes.value(server, "write", key) == [1]  # and seals
+    assert processes.value(server, "check", key) == "complete"
+    found = {name: data for name, data in stored(server, key).items() if not name.startswith(".act/probes/")}
+    assert found.keys() == whole.keys()
+    assert found == whole
+    assert processes.value(server, "read", key) == "right"
+    check_readers(server, key)
+
+
+def check_readers(server: Server, key: str) -> None:
+    """xarray, zarr-python and TensorStore give every bit that was written."""
+    contents, url = small_contents(), server.url(key)
+    rows = contents.rows["final_norm"]
+    raw = actstore.open(url).dataset(raw=True)
+    decoded = xr.open_dataset(url)
+    for name, expected in {**contents.rows, **contents.columns}.items():
+        assert values(server, key, name).tobytes() == expected.tobytes()
+        assert raw[name].values.tobytes() == expected.tobytes()
+        assert np.array_equal(decoded[name].values, expected.astype(decoded[name].dtype))
+    assert raw.final_norm.isel(sample=[7, 2, 14]).values.tobytes() == rows[[7, 2, 14]].tobytes()
