@@ -51,11 +51,11 @@ class Storm:
         self.whole = tree(self._contents.write(folder / "whole.acts.zarr"))
         """What a run without disturbance leaves, in a folder."""
         self._prefix = f"storm-{os.getpid()}-{random.getrandbits(32):x}"
-        self._snapshots = 0
+        self._keys = self._snapshots = 0
 
     def points(self) -> list[str]:
         """Every point of a run."""
-        return self._processes.value(self._server, "points", f"{self._prefix}/points.acts.zarr")
+        return self._processes.value(self._server, "points", self._key())
 
     def kill_at(self, points: Iterable[str]) -> Figures:
         """Kills a run at each of these points, and has one to three processes finish it.
@@ -65,7 +65,7 @@ class Storm:
         """
         figures, begun = Figures(), time.monotonic()
         for number, point in enumerate(points):
-            key = f"{self._prefix}/point-{number}.acts.zarr"
+            key = self._key()
             try:
                 assert self._processes.run(self._server, "write", key, kill_at=point).killed
                 missing = self._missing(key)
@@ -91,7 +91,7 @@ class Storm:
         figures, draw, begun = Figures(), random.Random(seed), time.monotonic()
         while figures.kills < kills:
             figures.stores += 1
-            key = f"{self._prefix}/random-{figures.stores}.acts.zarr"
+            key = self._key()
             sealed = False
             while not sealed:
                 figures.rounds += 1
@@ -114,6 +114,11 @@ class Storm:
             self._compare(key)
         figures.seconds = time.monotonic() - begun
         return figures
+
+    def _key(self) -> str:
+        """A place for another store."""
+        self._keys += 1
+        return f"{self._prefix}/{self._keys}.acts.zarr"
 
     def _missing(self, key: str) -> list[int]:
         """Blocks that are not committed, after a look at everything that was promised."""
