@@ -17,8 +17,8 @@ from actstore.schema import Plan
 from actstore.strings import Strings
 from actstore.table import IDS_AT_ONCE, StoredDocuments, refuse_known_ids, stored_tokens
 from extract import tokens
+from extract.alike import COMPLETION
 from extract.arrangement import Arrangement, Part
-from extract.columns import COMPLETION
 from extract.documents import Document
 from extract.loaded import check_batch, loaded_for
 from extract.models.sites import LAYERLESS_SITES, Tap, site_widths

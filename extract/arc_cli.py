@@ -44,7 +44,12 @@ def register(app: typer.Typer) -> None:
 
 def transform(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE", help="JSONL files, .gz too, whose rows have examples")
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="JSONL (also .gz, .zst) or parquet files, a folder of a saved dataset, or datasets:NAME[:SPLIT]; rows "
+            "have examples",
+        ),
     ],
     output: Annotated[
         Path, typer.Argument(metavar="OUTPUT", help="a .jsonl file, one task per line, or .json, one object {id: task}")
@@ -55,8 +60,9 @@ def transform(
 ) -> None:
     """Make ARC tasks of rows of examples; the last pair becomes the test. Killed, the same command begins again."""
     from extract.arc import transform_files
+    from extract.arc.files import is_stream
 
-    with Work("transform", unit="bytes") as work:
+    with Work("transform", unit="rows" if any(map(is_stream, sources)) else "bytes") as work:
         made = transform_files(
             sources, output, max_samples=max_samples, on_error=cast("OnError", on_error), progress=work.update
         )
@@ -155,20 +161,23 @@ def _percent(part: int, whole: int) -> str:
 
 def _transformed(made: "Transformed", output: Path) -> str:
     """What `transform` did, for a person."""
-    faults = ", ".join(f"{count:,} {kind}" for kind, count in made.faults.items())
-    lines = [
-        f"{output} is complete: {made.tasks:,} tasks of {made.rows:,} rows"
-        + (", all there before" if made.before else f", in {made.seconds:.1f} s")
-        + (f"; left out {sum(made.faults.values()):,}: {faults}" if faults else "")
-    ]
-    return "\n".join([*lines, *(f"left out  {fault}" for fault in made.first_faults)])
+    said = f"{output} is complete: {made.tasks:,} tasks of {made.rows:,} rows{_when(made)}{_left_out(made)}"
+    return "\n".join([said, *(f"left out  {fault}" for fault in made.first_faults)])
 
 
 def _prompted(made: "Prompted", output: Path) -> str:
     """What `prompts` did, for a person."""
-    return (
-        f"{output} is complete: {made.prompts:,} prompts of {made.tasks:,} tasks"
-        + (", all there before" if made.before else f", in {made.seconds:.1f} s")
-        + f"; the longest has {made.longest:,} tokens; {made.shortened:,} lack train pairs, "
-        f"{made.left_out:,} did not fit and were left out"
+    said = (
+        f"{output} is complete: {made.prompts:,} prompts of {made.tasks:,} tasks{_when(made)}; the longest has "
+        f"{made.longest:,} tokens; {made.shortened:,} lack train pairs{_left_out(made)}"
     )
+    return "\n".join([said, *(f"left out  {fault}" for fault in made.first_faults)])
+
+
+def _when(made: "Transformed | Prompted") -> str:
+    return ", all there before" if made.before else f", in {made.seconds:.1f} s"
+
+
+def _left_out(made: "Transformed | Prompted") -> str:
+    faults = ", ".join(f"{count:,} {kind}" for kind, count in made.faults.items())
+    return f"; left out {sum(made.faults.values()):,}: {faults}" if faults else ""

@@ -5,14 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from actstore.errors import InputError
-from actstore.layout import check_name
 from actstore.strings import Strings
-from actstore.table import TAKEN, ColumnValues, DocumentTable
+from actstore.table import ColumnValues, DocumentTable
+from extract.alike import COMPLETION, SOURCE, Alike
 from extract.documents import Document
-
-COMPLETION = "completion_start"  # column: the byte of the text at which the completion begins
-SOURCE = "read_from"  # column: where the document was read, such as texts.jsonl:17
-_OWN = frozenset({COMPLETION, SOURCE})
 
 
 class Columns:
@@ -24,7 +20,7 @@ class Columns:
 
     def __init__(self, like: Collection[str] | None = None) -> None:
         self._like = like
-        self._first: Document | None = None
+        self._alike, self._begun = Alike(), False
         self._texts: list[str] = []
         self._numbers: list[str] = []
         self._fractions: set[str] = set()
@@ -79,37 +75,10 @@ class Columns:
         )  # fmt: skip
 
     def _check(self, document: Document) -> None:
-        if self._first is None:
-            self._begin(document)
-        first = self._first or document
-        for one, other in ((document, first), (first, document)):
-            for name in other.columns:
-                if name not in one.columns:
-                    raise InputError(
-                        f"document {one.id!r} ({one.source}) has no field {name!r}, which {other.source} has; "
-                        "give every document the same fields, or choose those that all have with --columns"
-                    )
-        for name, value in document.columns.items():
-            if isinstance(value, str) != isinstance(first.columns[name], str):
-                kinds = sorted({type(value).__name__, type(first.columns[name]).__name__})
-                raise InputError(
-                    f"documents: column {name!r} holds {kinds} ({document.source}); expected only text or only "
-                    "numbers; correct the field, or choose other columns with --columns"
-                )
-            if isinstance(value, float):
-                self._fractions.add(name)
-            elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-                raise InputError(
-                    f"documents: column {name!r} has numbers over 64 bits ({document.source}); give them as text"
-                )
-
-    def _begin(self, document: Document) -> None:
-        self._first = document
-        for name, value in document.columns.items():
-            check_name(name, "document column")  # it becomes the name of a file
-            if name in TAKEN | _OWN:
-                raise InputError(
-                    f"documents: column name {name!r} is used by the format itself ({sorted(TAKEN | _OWN)}); "
-                    "rename the field, or choose other columns with --columns"
-                )
-            (self._texts if isinstance(value, str) else self._numbers).append(name)
+        if problem := self._alike.problem(document):
+            raise InputError(problem.message)
+        if not self._begun:
+            self._begun = True
+            for name, value in document.columns.items():
+                (self._texts if isinstance(value, str) else self._numbers).append(name)
+        self._fractions.update(name for name, value in document.columns.items() if isinstance(value, float))

@@ -1,16 +1,17 @@
 """Documents: what a run reads, one at a time, and how a record of named fields becomes one."""
 
 import dataclasses
+import datetime as dt
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 TEXT_FIELD, ID_FIELD = "text", "id"
-JSONL_ENDINGS = (".jsonl", ".ndjson")
+TEXT_BYTES = 64 << 20  # of one document: as much as a store reads at once
 
 Column = int | float | str
-Kind = Literal["broken", "wrong type", "empty", "duplicate id"]
+Kind = Literal["broken", "wrong type", "empty", "too long", "duplicate id", "other columns", "refused chat"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Fields:
             which are joined; or `input_ids`, tokens.
         id: The field that holds the identifier, a string or an integer. Where a record has none, the identifier is the
             place: `"texts.jsonl:17"`.
-        columns: Fields to keep. None keeps all that hold a number or a string; booleans become 0 and 1, and nulls,
-            lists and objects are left out. Named ones have to be there, in every record.
+        columns: Fields to keep. None keeps all that hold a number or a string; booleans become 0 and 1, dates and times
+            texts such as 2026-07-26T12:00:00, and nulls, lists and objects are left out. Named ones have to be there,
+            in every record.
     """
 
     text: str = TEXT_FIELD
@@ -70,6 +72,11 @@ def document_of(record: Mapping[str, Any], where: str, fields: Fields) -> Docume
         where: The place it stands at, for errors and as its source.
         fields: Which of them mean what.
     """
+    names: list[object] = list(record)
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        return Problem(
+            "wrong type", f"{where} has a field named {wrong[0]!r:.60}; expected texts as names. Rename the field."
+        )
     identifier = record.get(fields.id, where)
     if isinstance(identifier, bool) or not isinstance(identifier, str | int | np.integer):
         return Problem(
@@ -78,6 +85,10 @@ def document_of(record: Mapping[str, Any], where: str, fields: Fields) -> Docume
         )
     if isinstance(identifier, str) and not encodable(identifier):
         return Problem("wrong type", f"{where}, field {fields.id!r}, {_SURROGATE}")
+    if isinstance(identifier, str) and not identifier.strip():
+        return Problem(
+            "empty", f"{where} has an empty text in {fields.id!r}; expected an id. Write one, or drop the field."
+        )
     columns = _columns(record, where, fields)
     content = _content(record, where, fields)
     if isinstance(columns, Problem):
@@ -99,6 +110,12 @@ def checked_text(text: object, where: str) -> str | Problem:
         )
     if not encodable(text):
         return Problem("wrong type", f"{where} {_SURROGATE}")
+    if len(text) * 4 > TEXT_BYTES and (size := len(text.encode())) > TEXT_BYTES:
+        return Problem(
+            "too long",
+            f"{where} holds {size:,} bytes of text; expected at most {TEXT_BYTES:,}, which are read at once. "
+            "Cut it into several documents.",
+        )
     return text
 
 
@@ -189,6 +206,8 @@ def _columns(record: Mapping[str, Any], where: str, fields: Fields) -> dict[str,
             continue
         if isinstance(value, np.generic):
             value = value.item()
+        if isinstance(value, dt.date | dt.time):
+            value = value.isoformat()  # of parquet files, such as the time of a run
         if isinstance(value, str) and not encodable(value):
             return Problem("wrong type", f"{where}, field {name!r}, {_SURROGATE}")
         if isinstance(value, int | float | str):

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 from actstore.durable import write_durably
 from actstore.errors import InputError
 from actstore.kvstore import storage_errors
-from extract.documents import JSONL_ENDINGS
+from extract.lines import JSONL_ENDINGS
 from extract.settings import refuse_other, settle, stored_settings
 
 SETTINGS, PARTIAL = ".settings.json", ".partial"

@@ -64,9 +64,7 @@ def documents_of(
     splits: Annotated[
         str | None, typer.Option(help="a column `split`, by a hash of the id: train=0.9,val=0.05,test=0.05")
     ] = None,
-    on_error: Annotated[
-        str, typer.Option(help="of lines that are no documents: error, or skip and count them")
-    ] = "error",
+    on_error: Annotated[str, typer.Option(help="of what is no document: error, or skip and count it")] = "error",
     skip: Annotated[int, typer.Option(help="pass over this many documents of the source")] = 0,
     limit: Annotated[int | None, typer.Option(help="read this many documents and no more")] = None,
 ) -> "Documents":

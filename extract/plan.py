@@ -18,8 +18,8 @@ from actstore.schema import Plan
 from actstore.strings import Strings
 from actstore.table import TOKENS_AT_ONCE, DocumentTable
 from extract import costs, tokens
+from extract.alike import COMPLETION
 from extract.arrangement import BATCH, CONTEXT, Arrangement, Part, TooLong
-from extract.columns import COMPLETION
 from extract.conditions import ALL
 from extract.documents import Document
 from extract.duplicates import RUN, Group, near_duplicates

@@ -12,23 +12,17 @@ import numpy as np
 import xxhash
 
 from actstore.errors import InputError
+from extract.alike import Alike
 from extract.documents import Column, Document, Fields, Problem
+from extract.lines import has_ending
 from extract.python_docs import python_docs
-from extract.readers import (
-    ENDINGS,
-    TEXT_ENDINGS,
-    Found,
-    files_of,
-    is_dataset,
-    read_dataset,
-    read_file,
-    read_records,
-)
+from extract.readers import ENDINGS, TEXT_ENDINGS, Found, files_of, read_file, read_records
+from extract.records import DATASETS, is_saved, open_saved, open_stream, stream_name
 from extract.seen import Seen
 from extract.splits import COLUMN as SPLIT
 from extract.splits import Splits
 
-PYTHON_DOCS, DATASETS, SAE_LENS = "python-docs", "datasets:", "sae_lens.json"
+PYTHON_DOCS, SAE_LENS = "python-docs", "sae_lens.json"
 _NAMED = 5  # problems of which the places are kept
 _AT_ONCE = 512  # documents whose ids are compared together
 
@@ -49,8 +43,8 @@ class Documents(Iterable[Document]):
         skip: Pass over this many first.
         labels: Columns with one value for all documents.
         splits: For a column `split`, by a hash of each id.
-        on_error: What to do with a line that is no document, and with an id that was there before: raise, or count it
-            and go on.
+        on_error: What to do with a line that is no document, with an id that was there before, with other columns than
+            the first document has, and with a chat that the model's template refuses: raise, or count it and go on.
 
     Attributes:
         problems: After iterating, how many there were of each kind.
@@ -147,7 +141,15 @@ class Documents(Iterable[Document]):
 
     def _check(self) -> None:
         """Refuses a source that is not there or of no known kind, before anything is read."""
-        if not isinstance(self._source, str | Path) or str(self._source).startswith((PYTHON_DOCS, DATASETS)):
+        found: object = self._source
+        if isinstance(found, bytes | Mapping) or not isinstance(found, str | Path | Iterable):
+            raise InputError(
+                f"the source of the documents is a {type(found).__name__}; expected a path, {PYTHON_DOCS!r} or "
+                "an iterable of dictionaries; for a DatasetDict give one of its splits"
+            )
+        if not isinstance(self._source, str | Path) or str(self._source) == PYTHON_DOCS:
+            return
+        if str(self._source).startswith(DATASETS):
             return
         path = Path(self._source)
         if not path.exists():
@@ -155,7 +157,7 @@ class Documents(Iterable[Document]):
                 f"There is nothing at {self._source}; expected a file, a folder or {PYTHON_DOCS!r}. "
                 f"Check the path (the working folder is {Path.cwd()})."
             )
-        if not path.is_dir() and not path.name.endswith(ENDINGS):
+        if not path.is_dir() and not has_ending(path, *ENDINGS):
             raise InputError(
                 f"{self._source} ends in {path.suffix!r}; expected {_listed(ENDINGS)}, a folder of such files or "
                 f"{PYTHON_DOCS!r}. Convert the file to JSONL: one object per line, with a string field 'text'; of ARC "
@@ -169,18 +171,19 @@ class Documents(Iterable[Document]):
         elif str(self._source) == PYTHON_DOCS:
             yield from python_docs()
         elif str(self._source).startswith(DATASETS):
-            yield from read_records(_streamed(str(self._source)), self._fields, name=_place(str(self._source)))
+            name = str(self._source)
+            yield from read_records(open_stream(name), self._fields, name=stream_name(name))
         elif not (path := Path(self._source)).is_dir():
             yield from read_file(path, path.name, self._fields)
-        elif is_dataset(path):
-            yield from read_dataset(path, self._fields)
+        elif is_saved(path):
+            yield from read_records(open_saved(path), self._fields, name=path.name)
         else:
             for name, file in files_of(path).items():
                 yield from read_file(file, name, self._fields)
 
     def _checked(self, stop: int | None) -> Iterator[Document]:
         """Documents with ids of their own; problems are raised or counted."""
-        found, seen, count = self._found(), Seen(), 0
+        found, seen, alike, count = self._found(), Seen(), Alike(), 0
         while stop is None or count < stop:
             part = list(itertools.islice(found, _AT_ONCE if stop is None else min(_AT_ONCE, stop - count)))
             if not part:
@@ -190,14 +193,21 @@ class Documents(Iterable[Document]):
             twice = iter(seen.add(hashes).tolist())
             for each in part:
                 if isinstance(each, Problem):
-                    self._refuse(each)
+                    self.refuse(each)
                 elif next(twice):
-                    self._refuse(Problem("duplicate id", self._again(each)))
+                    self.refuse(Problem("duplicate id", self._again(each)))
+                elif problem := alike.problem(each):
+                    self.refuse(problem)
                 else:
                     count += 1
                     yield each
 
-    def _refuse(self, problem: Problem) -> None:
+    def refuse(self, problem: Problem) -> None:
+        """Counts something that is no document, or raises.
+
+        Raises:
+            InputError: the source is not told to skip it.
+        """
         if self._on_error == "error":
             raise InputError(problem.message)
         self.problems[problem.kind] += 1
@@ -234,30 +244,6 @@ def open_documents(source: Source, *, limit: int | None = None) -> list[Document
         ['topics/assert', 'topics/assignment']
     """
     return list(Documents(source, limit=limit))
-
-
-def _streamed(source: str) -> Iterable[Any]:
-    """A dataset by its name, or that of a folder, and a split; one row at a time."""
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(
-            f"{source} needs the datasets library, which is not installed; expected it; pip install datasets"
-        ) from None
-    name, _, split = source.removeprefix(DATASETS).partition(":")
-    try:
-        return datasets.load_dataset(name, split=split or "train", streaming=True)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{source} cannot be loaded ({str(error)[:160]}); expected datasets:NAME or datasets:NAME:SPLIT. "
-            "Check the name, the split and the network."
-        ) from None
-
-
-def _place(source: str) -> str:
-    """The name of a dataset without the folders above it: no path of a machine goes into a store."""
-    name, *split = source.removeprefix(DATASETS).split(":")
-    return DATASETS + ":".join([Path(name).name if Path(name).exists() else name, *split])
 
 
 def _listed(endings: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from actstore.errors import InputError, PlanMismatchError
 from actstore.table import DocumentTable
 from extract.columns import Columns
 from extract.documents import Document
+from extract.sources import Documents
 from extract.spool import spool
 from extract.tokens import Encoded, Tokenizer, begin_encoding, encode, prepare
 
@@ -48,15 +49,19 @@ def tokenise(
     belongs to each of them. The table has a column `read_from`, where each document was read, and where one has a
     completion also `completion_start`.
 
+    A chat that the template refuses and a token that the tokenizer does not have are problems of their source, which
+    `Documents` counts where it is told to skip them.
+
     Raises:
-        InputError: a document has no tokens, or other columns than the first one.
+        InputError: such a problem; a document has no tokens, or other columns than the first one.
         PlanMismatchError: the folder holds other documents, or those of another tokenizer.
     """
     total = len(documents) if isinstance(documents, Sequence) else None
     with spool(folder, {"tokenizer": tokenizer.provenance()}) as kept:
         there = kept.arrays() if kept.count else {}
         columns, at, done = Columns(like), Counter({"token": len(there.get("token_id", ()))}), 0
-        for part, found in _ahead(_parts(documents, edge=kept.count), tokenizer, passed_over=kept.count):
+        prepared = _prepared(documents, tokenizer)
+        for part, found in _ahead(_parts(prepared, edge=kept.count), tokenizer, passed_over=kept.count):
             described = columns.arrays(part, at)
             if found is None:
                 _refuse_others(there, described, at, part, folder)
@@ -73,7 +78,24 @@ def tokenise(
                 f"{folder} holds {kept.count:,} documents, the source has {done:,}; expected the same source and "
                 "limit; give those, or another folder"
             )
-        return columns.table(kept.arrays()) if done else _no_documents()
+        if not done:
+            raise InputError(
+                f"there are no documents to read{_passed_over(documents)}; expected at least one; check the source and "
+                "its --limit"
+            )
+        return columns.table(kept.arrays())
+
+
+def _prepared(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Document]:
+    """Documents with their texts. What cannot have one is refused, or left out if the source is told to."""
+    for document in documents:
+        found = prepare(document, tokenizer)
+        if isinstance(found, Document):
+            yield found
+        elif isinstance(documents, Documents):
+            documents.refuse(found)
+        else:
+            raise InputError(found.message)
 
 
 def _ahead(
@@ -83,9 +105,8 @@ def _ahead(
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Any] = deque()
         for part in parts:
-            prepared = [prepare(document, tokenizer) for document in part]
             passed_over -= len(part)
-            waiting.append((prepared, pool.submit(begin_encoding, prepared, tokenizer) if passed_over < 0 else None))
+            waiting.append((part, pool.submit(begin_encoding, part, tokenizer) if passed_over < 0 else None))
             if len(waiting) > 1:
                 yield waiting.popleft()
         yield from waiting
@@ -146,5 +167,6 @@ def _refuse_others(
             )
 
 
-def _no_documents() -> DocumentTable:
-    raise InputError("there are no documents to read; expected at least one; check the source and its --limit")
+def _passed_over(documents: Iterable[Document]) -> str:
+    found = documents.describe_problems() if isinstance(documents, Documents) else ""
+    return f" ({found})" if found else ""

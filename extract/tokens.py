@@ -13,9 +13,11 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt32
 
 from actstore.errors import InputError
+from actstore.table import MAX_READ_BYTES, TOKEN_BYTES
 from extract.chat import ChatTemplate, load_chat_template
 from extract.conversation import chat_text
 from extract.documents import Document, Problem, checked_text
+from extract.messages import ChatError
 from extract.pieces import byte_level, flat, joined, pieces_of, whole_characters
 from extract.selection import Vocabulary
 from extract.special_tokens import Bos, Eos, SpecialTokens, special_tokens
@@ -130,11 +132,13 @@ def load_tokenizer(
     return Tokenizer(engine, data, plain, rendered, template, answer)
 
 
-def prepare(document: Document, tokenizer: Tokenizer) -> Document:
+def prepare(document: Document, tokenizer: Tokenizer) -> Document | Problem:
     """The document with its text: that of a chat is rendered, that of tokens is what they stand for.
 
+    A `Problem` where a chat is refused by the template, or a token is none of this tokenizer.
+
     Raises:
-        InputError: a token that the tokenizer does not have, a chat that the template refuses, or no template.
+        InputError: there is no template for chats, or one that writes today's date.
     """
     if document.messages is not None:
         return _rendered(document, document.messages, tokenizer)
@@ -142,9 +146,10 @@ def prepare(document: Document, tokenizer: Tokenizer) -> Document:
         return document
     known = len(tokenizer.pieces)
     if wrong := [number for number in document.token_ids if number >= known]:
-        raise InputError(
+        return Problem(
+            "wrong type",
             f"document {document.id!r} ({document.source}) has token {wrong[0]}, the tokenizer has 0 to {known - 1}; "
-            "expected tokens of this tokenizer; give the model whose tokenizer made them"
+            "expected tokens of this tokenizer; give the model whose tokenizer made them",
         )
     return dataclasses.replace(document, text=joined([tokenizer.pieces[number] for number in document.token_ids])[0])
 
@@ -169,14 +174,14 @@ def encode(
         found: what `begin_encoding` made of them; None does it now.
 
     Raises:
-        InputError: a document has no tokens.
+        InputError: a document has no tokens, or more than a store reads at once.
     """
     found = begin_encoding(documents, tokenizer) if found is None else found
     own = [
         each.ids if document.token_ids is None else document.token_ids
         for document, each in zip(documents, found, strict=True)
     ]
-    _refuse_empty(documents, own)
+    _refuse_sizes(documents, own)
     around = [_around(document, ids, tokenizer) for document, ids in zip(documents, own, strict=True)]
     before, after = (np.fromiter((len(each[side]) for each in around), np.int64, len(around)) for side in (0, 1))
     counts = before + after + np.fromiter(map(len, own), np.int64, len(own))
@@ -221,7 +226,7 @@ def _around(document: Document, ids: Sequence[int], tokenizer: Tokenizer) -> tup
     return () if tuple(ids[: len(before)]) == before else before, after
 
 
-def _rendered(document: Document, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Document:
+def _rendered(document: Document, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Document | Problem:
     if tokenizer.template is None:
         raise InputError(
             f"document {document.id!r} ({document.source}) is a chat, and the model has no chat template; expected "
@@ -233,10 +238,13 @@ def _rendered(document: Document, messages: Sequence[Mapping[str, Any]], tokeniz
             "into it, so that tomorrow's run would be another; expected a date; give --chat-date, such as 2026-07-26"
         )
     answer = tokenizer.answer and messages[-1]["role"] != "assistant"
-    text, prompt = chat_text(messages, tokenizer.template, where=document.source, add_generation_prompt=answer)
+    try:
+        text, prompt = chat_text(messages, tokenizer.template, where=document.source, add_generation_prompt=answer)
+    except ChatError as error:
+        return Problem("refused chat", str(error))
     checked = checked_text(text, f"{document.source}, rendered,")
     if isinstance(checked, Problem):
-        raise InputError(checked.message)
+        return checked
     return dataclasses.replace(document, text=checked, completion=prompt)
 
 
@@ -271,10 +279,16 @@ def _spans(
     return edges[spans[:, 0]], edges[spans[:, 1]]
 
 
-def _refuse_empty(documents: Sequence[Document], ids: Sequence[Sequence[int]]) -> None:
+def _refuse_sizes(documents: Sequence[Document], ids: Sequence[Sequence[int]]) -> None:
+    most = MAX_READ_BYTES // TOKEN_BYTES
     for document, own in zip(documents, ids, strict=True):
         if not own:
             raise InputError(
                 f"document {document.id!r} ({document.source}) has no tokens; expected text that the tokenizer "
                 "does not drop; remove the document"
+            )
+        if len(own) > most:
+            raise InputError(
+                f"document {document.id!r} ({document.source}) has {len(own):,} tokens; expected at most {most:,}, "
+                "which are read at once; cut it into several documents"
             )

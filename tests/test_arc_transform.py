@@ -12,8 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from actstore.errors import InputError, PlanMismatchError, StorageError
 from extract import arc
@@ -29,6 +33,7 @@ def written(path: Path, *rows: object) -> Path:
     """A JSONL file; strings are lines as they are."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     data = "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
@@ -70,6 +75,40 @@ def test_several_files_packed_or_not_are_one_source(tmp_path: Path) -> None:
     single = json.loads((tmp_path / "kaggle.json").read_bytes())
     assert single == {it["id"]: {"train": it["train"], "test": it["test"]} for it in lines_of(tmp_path / "one.jsonl")}
     assert list(arc.read_tasks(tmp_path / "one.jsonl")) == list(arc.read_tasks(tmp_path / "kaggle.json"))
+
+
+def test_every_kind_of_source_gives_the_same_tasks(tmp_path: Path) -> None:
+    rows = [{"examples": [*GOOD[: number % 2 + 1], *GOOD], "n": number} for number in range(7)]
+    rows = json.loads(json.dumps(rows).replace(".0", ""))  # columns of parquet have one type
+    whole = written(tmp_path / "whole.jsonl", *rows)
+    (tmp_path / "x.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(whole.read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[:3]), tmp_path / "a.parquet")
+    written(tmp_path / "b.jsonl.gz", *rows[3:])
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(tmp_path / "saved")
+    written(tmp_path / "named" / "train.jsonl", *rows)
+    sources: dict[str, list[Path | str]] = {
+        "lines": [whole], "zst": [tmp_path / "x.jsonl.zst"], "parquet": [tmp_path / "x.parquet"],
+        "parts": [tmp_path / "a.parquet", tmp_path / "b.jsonl.gz"], "saved": [tmp_path / "saved"],
+        "named": [f"datasets:{tmp_path / 'named'}:train"],
+    }  # fmt: skip
+    made = {}
+    for name, source in sources.items():
+        told: list[tuple[int, int | None]] = []
+        arc.transform_files(source, tmp_path / f"{name}.out.jsonl", progress=lambda *it, told=told: told.append(it))
+        made[name] = (tmp_path / f"{name}.out.jsonl").read_bytes()
+        done = [count for count, _ in told]
+        assert done == sorted(done)
+        assert told[-1] == ((7, None) if name == "named" else (done[-1], done[-1]))
+        assert arc.transform_files(source, tmp_path / f"{name}.out.jsonl").before
+    arc.transform_rows(dataset, tmp_path / "open.out.jsonl")
+    arc.transform_rows(dataset.to_iterable_dataset(), tmp_path / "streamed.out.jsonl")
+    made |= {name: (tmp_path / f"{name}.out.jsonl").read_bytes() for name in ("open", "streamed")}
+    assert len(lines_of(tmp_path / "lines.out.jsonl")) == 7
+    assert {name for name, data in made.items() if data != made["lines"]} == set()
+    with pytest.raises(PlanMismatchError, match="files"):
+        arc.transform_files(sources["saved"], tmp_path / "parquet.out.jsonl")
 
 
 def test_arrays_and_tuples_are_grids_too(tmp_path: Path) -> None:
@@ -117,7 +156,7 @@ BAD: dict[str, tuple[object, str, str]] = {
     "infinite": ({"examples": [GOOD[0], [[[1]], [[float("inf")]]]]}, "bad cell", "a cell is inf"),
     "half a line": ('{"examples": [[[[1]], [[', "broken line", "the line is not JSON (Expecting value"),
     "not an object": ("[1]", "broken line", "the line holds a JSON list"),
-    "not UTF-8": ('{"examples": "\udcff"}', "broken line", "the line is not JSON ('utf-8' codec can't decode"),
+    "not UTF-8": ('{"examples": "\udcff"}', "broken line", "the line has the byte 0xff at offset 14, which"),
     "deep": ("[" * 100_000, "broken line", "the line is not JSON ("),
     "long": (" " * (16 << 20) + "[1, 2]", "broken line", "the line is longer than 16,777,216 bytes"),
 }
@@ -159,12 +198,12 @@ def damaged_gzip(tmp_path: Path) -> Path:
 
 SOURCES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "missing": (lambda it: it / "no.jsonl", {}, r"no.jsonl cannot be opened \(No such file or directory\); expected"),
-    "other ending": (lambda it: written(it / "x.csv"), {}, r"x.csv is no file of JSON lines by its name; expected .j"),
+    "other ending": (lambda it: written(it / "x.csv"), {}, r"x.csv is no source of rows by its name; expected .jsonl,"),
     "empty": (lambda it: written(it / "x.jsonl"), {}, r"the source holds no tasks, no rows; expected rows with"),
-    "cut": (damaged_gzip, {"on_error": "skip"}, r"cut.jsonl.gz cannot be read to its end \(.*\); expected a whole"),
+    "cut": (damaged_gzip, {"on_error": "skip"}, r"cut.jsonl.gz cannot be unpacked to its end \(.*\); expected a"),
     "no gzip": (
         lambda it: written(it / "y.jsonl", {"examples": GOOD}).rename(it / "y.jsonl.gz"), {},
-        r"y.jsonl.gz cannot be read to its end \(Not a gzipped file",
+        r"y.jsonl.gz cannot be unpacked to its end \(Not a gzipped file",
     ),
     "no samples": (lambda it: written(it / "x.jsonl"), {"max_samples": 0}, "max_samples is 0; expected at least 1"),
     "policy": (lambda it: written(it / "x.jsonl"), {"on_error": "ignore"}, "on_error is 'ignore'; expected 'error' or"),

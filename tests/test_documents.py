@@ -1,8 +1,10 @@
 """Documents: every reader against the standard library, and every error message."""
 
+import datetime as dt
 import gzip
 import inspect
 import json
+import os
 import re
 import sysconfig
 from pathlib import Path
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 
 from actstore.errors import InputError
 from extract.documents import Document, Fields, Problem
+from extract.lines import Broken, read_lines
 from extract.python_docs import python_docs
 from extract.readers import read_jsonl, read_parquet, read_records, read_text
 from extract.seen import Seen
@@ -90,6 +93,9 @@ BAD_LINES = {
     "list-id": ('{"text": "a", "id": [1]}', "x.jsonl:2 has [1] in 'id'", "a string or an integer", "Correct or drop"),
     "bool-id": ('{"text": "a", "id": true}', "x.jsonl:2 has True in 'id'", "a string or an integer", "Correct or drop"),
     "not-utf8": (b'{"text": "\xff"}', "x.jsonl:2 has the byte 0xff at offset 10", "expected UTF-8", "Convert"),
+    "twice": ('{"text": "a", "n": 1, "n": 2}', "x.jsonl:2 has the field 'n' twice", "every field once", "Drop one of"),
+    "utf-16": ('{"text": "a"}'.encode("utf-16-le"), "x.jsonl:2 has NUL bytes, as UTF-16", "in UTF-8", "Convert"),
+    "empty-id": ('{"text": "a", "id": " "}', "x.jsonl:2 has an empty text in 'id'", "expected an id", "Write one"),
     "same-id": (
         '{"text": "b", "id": "first"}',
         "The id 'first' stands at x.jsonl:1 and again at x.jsonl:2",
@@ -257,6 +263,88 @@ def test_what_is_no_document_is_counted_and_named(tmp_path):
     assert [each.id for each in Documents(tmp_path / "x.jsonl", on_error="skip", limit=1, skip=1)] == ["b"]
 
 
+def test_other_columns_than_those_of_the_first_document_are_counted_and_named(tmp_path):
+    lines = ['{"id": "a", "text": "one", "n": 1}', '{"id": "b", "text": "two"}', '{"id": "c", "text": "t", "n": "x"}',
+             '{"id": "d", "text": "t", "n": 0.5, "m": 1}', '{"id": "e", "text": "t", "n": null}',
+             f'{{"id": "f", "text": "t", "n": {2**63}}}', '{"id": "g", "text": "six", "n": 0.5}']  # fmt: skip
+    path = _written(tmp_path / "x.jsonl", "\n".join(lines))
+    documents = Documents(path, on_error="skip")
+    assert [(each.id, each.columns) for each in documents] == [("a", {"n": 1}), ("g", {"n": 0.5})]
+    assert documents.problems == {"other columns": 5}
+    assert [re.findall(r"x\.jsonl:[2-7]", message) for message in documents.first_problems] == [
+        [f"x.jsonl:{line}"] for line in (2, 3, 4, 5, 6)
+    ]
+    with pytest.raises(InputError, match=r"document 'b' \(x.jsonl:2\) has no field 'n', which x.jsonl:1 has; give"):
+        list(Documents(path))
+    assert len(list(Documents(path, fields=Fields(columns=())))) == 7
+
+
+def test_a_column_that_no_store_can_have_is_refused_whatever_is_done_with_bad_lines(tmp_path):
+    path = _written(tmp_path / "x.jsonl", '{"text": "a", "a b": 1}')
+    with pytest.raises(InputError, match=r"x.jsonl:1: document column name 'a b' is not .*; rename the field, or choo"):
+        list(Documents(path, on_error="skip"))
+
+
+def test_dates_and_times_are_texts(tmp_path):
+    when = dt.datetime(2026, 7, 26, 12, 30, tzinfo=dt.UTC)
+    record = {"id": "a", "text": "t", "run": when, "day": when.date()}
+    pa.parquet.write_table(pa.Table.from_pylist([record]), tmp_path / "x.parquet")
+    (document,) = Documents(tmp_path / "x.parquet")
+    assert document.columns == {"run": "2026-07-26T12:30:00+00:00", "day": "2026-07-26"}
+
+
+def test_a_text_that_is_too_long_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("extract.documents.TEXT_BYTES", 100)
+    monkeypatch.setattr("extract.lines.LINE_BYTES", 1 << 20)
+    path = _written(tmp_path / "x.jsonl", '{"text": "%s"}\n{"text": "ok"}' % ("é" * 51))
+    documents = Documents(path, on_error="skip")
+    assert [each.text for each in documents] == ["ok"]
+    (message,) = documents.first_problems
+    assert message == (
+        "x.jsonl:1, field 'text', holds 102 bytes of text; expected at most 100, which are read at once. Cut it into "
+        "several documents."
+    )
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_a_line_that_is_too_long_is_not_held(tmp_path, ending):
+    raw = b'{"a": "%s"}\n{"a": 1}\n{"a": "%s"}' % (b"x" * 100_000, b"x" * 250)
+    packed = {"": raw, ".gz": gzip.compress(raw), ".zst": zstandard.ZstdCompressor().compress(raw)}[ending]
+    path = _written(tmp_path / f"x.jsonl{ending}", packed)
+    shares: list[float] = []
+    found = dict(read_lines(path, most_bytes=200, progress=shares.append))
+    assert [*found] == [f"x.jsonl{ending}:{line}" for line in (1, 2, 3)]
+    one, two, three = found.values()
+    assert two == {"a": 1}
+    assert isinstance(one, Broken)
+    assert one == three
+    assert one.found == "is longer than 200 bytes"
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+@pytest.mark.parametrize("source", [None, 5, b"x.jsonl", {"text": "a"}, datasets.DatasetDict()])
+def test_what_is_no_source_is_refused(unchecked, source):
+    with pytest.raises(InputError, match=r"the source of the documents is a .*; expected a path, 'python-docs' or an"):
+        Documents(source)
+
+
+@pytest.mark.parametrize("name", ["python-docs.jsonl", "python-docsx", "datasets"])
+def test_a_name_that_is_nearly_one_of_ours_is_a_path(name):
+    with pytest.raises(InputError, match=f"There is nothing at {name}; expected a file, a folder or 'python-docs'"):
+        Documents(name)
+
+
+def test_a_stream_needs_a_name():
+    with pytest.raises(InputError, match=r"'datasets:' names no dataset; expected datasets:NAME or datasets:NAME:SPL"):
+        list(Documents("datasets:"))
+
+
+def test_names_of_fields_are_texts():
+    with pytest.raises(InputError, match=r"record:0 has a field named 3; expected texts as names. Rename the field"):
+        list(Documents([{"text": "a", 3: 1}]))
+
+
 def test_nothing_but_problems_is_refused_with_them(tmp_path):
     path = _written(tmp_path / "x.jsonl", "broken\n")
     with pytest.raises(
@@ -293,6 +381,28 @@ def test_a_folder_gives_its_text_files_in_order(tmp_path):
     assert [document.id for document in documents] == ["a.md", "b.txt", "sub/a.txt", "sub/c.rst"]
     assert all(document.text == f"text of {document.id}" for document in documents)
     assert [document.id for document in open_documents(str(tmp_path), limit=1)] == ["a.md"]
+
+
+def test_links_and_names_in_a_folder(tmp_path):
+    _written(tmp_path / "all" / "A.TXT", "upper case")
+    _written(tmp_path / "all" / "b.txt", "linked")
+    (tmp_path / "all" / "c.txt").symlink_to("b.txt")
+    (tmp_path / "all" / "loop").symlink_to("..")
+    assert [document.id for document in Documents(tmp_path / "all")] == ["A.TXT", "b.txt", "c.txt"]
+    (tmp_path / "all" / "d.txt").symlink_to("nowhere.txt")
+    with pytest.raises(InputError, match=r"d.txt cannot be opened \(No such file or directory\); expected a readable"):
+        list(Documents(tmp_path / "all"))
+
+
+def test_a_name_that_is_not_utf_8_is_counted(tmp_path):
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).write_text("text")
+    except OSError:
+        pytest.skip("this file system has no names that are not UTF-8")
+    _written(tmp_path / "a.txt", "text")
+    documents = Documents(tmp_path, on_error="skip")
+    assert [each.id for each in documents] == ["a.txt"]
+    assert documents.first_problems == ["the name of \ufffd.txt is not UTF-8; expected one that is. Rename the file."]
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_tokens_that_are_given_are_kept_as_they_are():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ([{"n": 1}, {"n": "x"}], r"column 'n' holds \['int', 'str'\] \(s:1\); expected only text or only numbers"),
+        ([{"n": 1}, {"n": "x"}], r"column 'n' holds \['int', 'str'\] \(s:0, s:1\); expected only text or only numbers"),
         ([{"n": 1 << 63}], r"column 'n' has numbers over 64 bits \(s:0\); give them as text"),
         ([{"text_bytes/..": 1}], "document column"),
         ([{"token_id": 1}], "column name 'token_id' is used by the format itself"),
@@ -250,6 +250,31 @@ def test_chats_that_cannot_be_rendered_are_refused(tmp_path):
     assert list(tokenise(Documents(chat), load_tokenizer(folder, chat_date="2024-07-26")).texts) == ["2024q"]
     with pytest.raises(InputError, match="the date of chats is 'soon'; expected one such as 2026-07-26"):
         load_tokenizer(folder, chat_date="soon")
+
+
+def test_chats_and_tokens_that_cannot_be_are_counted_where_they_are_to_be_skipped(tmp_path):
+    tokenizer = load_tokenizer(llama_like(tmp_path))
+    good = [{"role": "user", "content": "q"}]
+    records = [
+        {"id": "a", "messages": good}, {"id": "b", "messages": [{"role": "user", "content": 5}]},
+        {"id": "c", "input_ids": [3, 1 << 20]}, {"id": "d", "messages": good},
+    ]  # fmt: skip
+    source = Documents(records, on_error="skip")
+    for folder in (None, tmp_path / "tokens", tmp_path / "tokens"):  # made, and continued
+        table = tokenise(source, tokenizer, folder=folder)
+        assert list(table.ids) == ["a", "d"]
+        assert source.problems == {"refused chat": 1, "wrong type": 1}
+    assert [message.split(":")[0] for message in source.first_problems] == ["record", "document 'c' (record"]
+    with pytest.raises(InputError, match=r"^record:1: message 0 \(user\) has content of type int; expected a text"):
+        tokenise(Documents(records), tokenizer)
+    with pytest.raises(InputError, match=r"there are no documents to read \(passed over 1 .* token 1048576, the token"):
+        tokenise(Documents([records[2]], on_error="skip"), tokenizer)
+
+
+def test_a_document_of_too_many_tokens_is_named(monkeypatch):
+    monkeypatch.setattr("extract.tokens.MAX_READ_BYTES", 120)
+    with pytest.raises(InputError, match=r"document 'b' \(record:1\) has \d+ tokens; expected at most 10, which"):
+        tokenise(Documents([{"id": "a", "text": "x"}, {"id": "b", "text": "word " * 30}]), TOKENIZER)
 
 
 def test_contexts_that_sae_lens_made_are_read_as_they_are(tmp_path):

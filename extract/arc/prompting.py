@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from actstore.errors import InputError
 from extract.arc.faults import Counts, Fault, OnError, check_choice
 from extract.arc.grids import grid_text
-from extract.arc.sources import fingerprint_of, read_tasks
+from extract.arc.sources import fingerprint_of, tasks_of
 from extract.arc.tasks import Task
 from extract.gathering import check_target, made_before, write_whole
 from extract.tokens import Tokenizer
@@ -24,6 +24,7 @@ SYSTEM = (
     "A grid is rows of digits. Find the rule and answer with the output of the last input, as rows of digits, and "
     "nothing else."
 )
+_TOO_LONG = "too long"
 _TASKS_AT_ONCE = 64  # tokenised together: enough to keep the tokenizer's threads busy
 
 
@@ -36,6 +37,8 @@ class Prompted:
         prompts: Prompts written, one for each test input.
         shortened: Prompts among them that lack train pairs.
         left_out: Prompts that do not fit even with one train pair.
+        faults: How many things were left out, by kind: those prompts, and what is no task.
+        first_faults: The first few of them, with their place.
         longest: Tokens of the longest prompt.
         before: The file was there already; the figures are those of its making.
         seconds: Of this call.
@@ -45,6 +48,8 @@ class Prompted:
     prompts: int
     shortened: int
     left_out: int
+    faults: Mapping[str, int]
+    first_faults: tuple[str, ...]
     longest: int
     before: bool
     seconds: float
@@ -96,13 +101,13 @@ def write_prompts(
         render: Makes the text of a prompt out of messages with `role` and `content`: a chat template.
         system: The system message; empty for none, which some templates ask for.
         max_tokens: Most tokens of a prompt, without the answer; None for any number.
-        on_error: What happens where a prompt does not fit even with one train pair: "error" counts all of them and
-            writes nothing; "skip" leaves them out.
+        on_error: What happens with what is no task, and where a prompt does not fit even with one train pair: "error"
+            counts all of it and writes nothing; "skip" leaves it out.
         limit: Read this many tasks and no more.
         progress: Called with the number of tasks done.
 
     Raises:
-        InputError: Prompts do not fit, or a task is malformed.
+        InputError: Prompts do not fit, tasks are malformed, or there is none.
         PlanMismatchError: The output was made with other settings; the differing fields are named.
         StorageError: It cannot be written.
     """
@@ -117,9 +122,14 @@ def write_prompts(
     found = made_before(target, settings)
     if found is None:
         work = _Work(tokenizer, render, system, max_tokens, on_error)
-        write_whole(target, settings, work.lines(read_tasks(source, limit=limit), progress), work.as_json)
-    known = {name: int(value) for name, value in (found or work.as_json()).items()}
-    return Prompted(**known, before=found is not None, seconds=time.perf_counter() - started)
+        tasks = tasks_of(source, work.counts, limit=limit)
+        write_whole(target, settings, work.lines(tasks, progress), work.as_json)
+    known = found or work.as_json()
+    return Prompted(
+        known.get("tasks", 0), known.get("prompts", 0), known.get("shortened", 0), known.get("left_out", 0),
+        known.get("faults", {}), tuple(known.get("first_faults", ())), known.get("longest", 0),
+        before=found is not None, seconds=time.perf_counter() - started,
+    )  # fmt: skip
 
 
 def _messages(text: str, system: str) -> list[dict[str, str]]:
@@ -160,31 +170,38 @@ class _Work:
     longest: int = 0
     counts: Counts = dataclasses.field(default_factory=Counts)
 
-    def as_json(self) -> dict[str, int]:
+    def as_json(self) -> dict[str, Any]:
+        found = self.counts.as_json()
         return {
             "tasks": self.counts.tasks, "prompts": self.prompts, "shortened": self.shortened,
-            "left_out": self.counts.faults.total(), "longest": self.longest,
+            "left_out": self.counts.faults[_TOO_LONG], "faults": found["faults"], "first_faults": found["first_faults"],
+            "longest": self.longest,
         }  # fmt: skip
 
     def lines(self, tasks: Iterable[Task], progress: Callable[[int], None] | None) -> Iterator[bytes]:
-        """The lines of the file. After a prompt that does not fit and is not to be skipped, they are only counted."""
+        """The lines of the file. After a fault that is not to be skipped, they are only counted."""
         for part in _parts(tasks):
             self.counts.tasks += len(part)
             drafts = [_Draft(it, sample, tuple(range(len(it.train)))) for it in part for sample in range(len(it.test))]
             for draft, text, tokens in self._fitted(drafts):
                 if self.max_tokens is not None and tokens > self.max_tokens:
                     size = f"{tokens:,} tokens with its shortest train pair alone"
-                    self.counts.fault(_identifier(draft), Fault("too long", size, f"at most {self.max_tokens:,}"))
+                    self.counts.fault(_identifier(draft), Fault(_TOO_LONG, size, f"at most {self.max_tokens:,}"))
                 elif self.on_error == "skip" or not self.counts.faults:
                     self._count(draft, tokens)
                     yield json.dumps(_line(draft, text, tokens)).encode() + b"\n"
             if progress:
                 progress(self.counts.tasks)
         if self.counts.faults and (self.on_error == "error" or not self.prompts):
-            raise InputError(
-                f"{self.counts.faults.total()} prompts do not fit: {self.counts.shown()}; nothing was written: give "
-                "more --max-tokens" + (", or leave them out with --on-error skip" if self.on_error == "error" else "")
-            )
+            raise InputError(self._refusal())
+
+    def _refusal(self) -> str:
+        long, others = self.counts.faults[_TOO_LONG], self.counts.faults.total() - self.counts.faults[_TOO_LONG]
+        found = [f"{long} prompts do not fit"] * bool(long) + [f"{others} are no tasks"] * bool(others)
+        mend = ["give more --max-tokens"] * bool(long) + ["mend these tasks"] * bool(others)
+        leave = ", or leave them out with --on-error skip" if self.on_error == "error" else ""
+        kinds = f" ({self.counts.listed()})" if others else ""
+        return f"{', '.join(found)}{kinds}: {self.counts.shown()}; nothing was written: {', '.join(mend)}{leave}"
 
     def _fitted(self, drafts: list[_Draft]) -> list[tuple[_Draft, str, int]]:
         """Each draft with as many pairs as fit, at least one, with its text and tokens."""

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from actstore.durable import write_durably
 from actstore.errors import InputError
 from actstore.kvstore import storage_errors
-from extract.arc import lines
+from extract.arc import files
 from extract.arc.faults import Fault
 from extract.arc.grids import Grid
 from extract.arc.parsing import parse_grid
@@ -60,7 +60,8 @@ def read_predictions(paths: Sequence[str | Path]) -> dict[tuple[str, int], list[
         InputError: A line lacks `task_id`, `sample_idx` or `completion`, or a test has more than two attempts.
     """
     found: dict[tuple[str, int], list[Grid | None]] = {}
-    for where, value in lines.read_objects([Path(path) for path in paths]):
+    files.check_sources(paths)
+    for where, value in files.read_rows(paths):
         if isinstance(value, Fault):
             raise InputError(f"{where}: {value}; expected a file of actstore generate; make it again")
         task, sample, text = value.get("task_id"), value.get("sample_idx"), value.get("completion")

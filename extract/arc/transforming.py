@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actstore.errors import InputError
-from extract.arc import lines
+from extract.arc import files
 from extract.arc.faults import Counts, Fault, OnError, check_choice
 from extract.arc.tasks import Task, task_of_examples
 from extract.gathering import check_place, made_before, write_whole
@@ -44,40 +44,38 @@ class Transformed:
 
 
 def transform_files(
-    paths: Sequence[str | Path],
+    sources: Sequence[str | Path],
     output: str | Path,
     *,
     max_samples: int | None = None,
     on_error: OnError = "error",
-    progress: lines.Told | None = None,
+    progress: files.Told | None = None,
 ) -> Transformed:
-    """Makes ARC tasks of JSONL files whose lines have `examples`: a list of [input grid, output grid].
+    """Makes ARC tasks of files or datasets whose rows have `examples`: a list of [input grid, output grid].
 
     The last pair of a row becomes the test of its task and keeps its output. Other fields that are numbers, strings or
     booleans are kept under `columns`. Run again, a finished file is left alone; killed, the same call begins again and
-    makes the same bytes. One line is in memory at a time; the files are read twice, once for their SHA-256.
+    makes the same bytes. One row is in memory at a time; the files are read twice, once for their SHA-256.
 
     Args:
-        paths: JSONL files, `.gz` too. Rows are numbered over all of them in this order, which ids depend on.
+        sources: JSONL files, `.gz` and `.zst` too, parquet files, folders that the `datasets` library saved, or
+            `datasets:NAME:SPLIT`, which it streams. Rows are numbered over all of them in this order, which ids depend
+            on.
         output: A `.jsonl` file, one task per line, or `.json`, one object {id: task} as Kaggle has it, without columns.
         max_samples: Write this many tasks and no more; what follows is neither read nor checked.
         on_error: "error" counts all rows that are no tasks and writes nothing; "skip" leaves them out. Ids of the
             others are the same.
-        progress: Called with (bytes read, bytes in all).
+        progress: Called with (bytes read, bytes in all); with (rows read, None) where a source is streamed.
 
     Raises:
-        InputError: Rows are no tasks, or there is none, or a file cannot be read.
+        InputError: Rows are no tasks, or there is none, or a source cannot be read.
         PlanMismatchError: The output was made of other files or with other settings.
         StorageError: It cannot be written.
     """
-    files = [Path(path) for path in paths]
-    if wrong := [path for path in files if not lines.is_lines(path)]:
-        raise InputError(
-            f"{wrong[0]} is no file of JSON lines by its name; expected {', '.join(lines.ENDINGS)}; name the files"
-        )
+    files.check_sources(sources)
     target = _target(output, max_samples, on_error)
-    settings = {"files": lines.fingerprint(files), "max_samples": max_samples, "on_error": on_error}
-    rows = lines.read_objects(files, progress=progress)
+    settings = {"files": files.fingerprint(sources), "max_samples": max_samples, "on_error": on_error}
+    rows = files.read_rows(sources, progress=progress)
     return _transform(rows, target, settings, max_samples, on_error)
 
 
@@ -87,7 +85,7 @@ def transform_rows(
     *,
     max_samples: int | None = None,
     on_error: OnError = "error",
-    progress: lines.Told | None = None,
+    progress: files.Told | None = None,
 ) -> Transformed:
     """Makes ARC tasks of any rows, such as those of a `datasets` object: see `transform_files`.
 
@@ -98,7 +96,7 @@ def transform_rows(
         output: As in `transform_files`.
         max_samples: As in `transform_files`.
         on_error: As in `transform_files`.
-        progress: Called with (rows read, rows in all, or 0 where `rows` has no length).
+        progress: Called with (rows read, rows in all, or None where `rows` has no length).
 
     Raises:
         InputError: As in `transform_files`, and where `output` is there.
@@ -107,7 +105,7 @@ def transform_rows(
     target = _target(output, max_samples, on_error)
     if target.exists():
         raise InputError(f"{target} is there; expected nothing; choose another name, or move the file away")
-    count = len(rows) if isinstance(rows, Sized) else 0
+    count = len(rows) if isinstance(rows, Sized) else None
 
     def numbered() -> Iterator[tuple[str, object]]:
         for number, row in enumerate(rows):
