@@ -140,11 +140,14 @@ _OF_ONE_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "expect"}
 # Faults
 
 
-def _says(status: int, reason: str) -> Callable[[Exchange], Awaitable[None]]:
+def _says(status: int, reason: str, code: str = "") -> Callable[[Exchange], Awaitable[None]]:
+    """An answer that is none of the server; with a code, worded as S3 does."""
+
     async def says(exchange: Exchange) -> None:
-        headers = {"content-type": "text/plain", "x-fault": "injected"}
-        body = b"" if exchange.request.line.startswith("HEAD ") else reason.encode()
-        await exchange.answer(Message(f"HTTP/1.1 {status} {reason}", headers, body))
+        xml = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{reason}</Message></Error>"
+        body = "" if exchange.request.line.startswith("HEAD ") else xml if code else reason
+        headers = {"content-type": "application/xml" if code else "text/plain", "x-fault": "injected"}
+        await exchange.answer(Message(f"HTTP/1.1 {status} {reason}", headers, body.encode()))
 
     return says
 
@@ -219,6 +222,13 @@ def _flipped(body: bytes) -> bytes:
     return bytes(changed)
 
 
+OF_AN_ACCOUNT = {
+    "401": _says(401, "Unauthorized"), "403": _says(403, "Forbidden"),
+    "expired token": _says(400, "The provided token has expired.", "ExpiredToken"),
+    "wrong region": _says(301, "Moved Permanently", "PermanentRedirect"),
+}  # fmt: skip
+"""Faults that no network makes, but whoever owns the bucket; the last two as S3 words them."""
+
 FAULTS: Mapping[str, Callable[[Exchange], Awaitable[None]]] = MappingProxyType({
     "408": _says(408, "Request Timeout"), "429": _says(429, "Too Many Requests"),
     "500": _says(500, "Internal Server Error"), "502": _says(502, "Bad Gateway"), "503": _says(503, "Slow Down"),
@@ -226,9 +236,9 @@ FAULTS: Mapping[str, Callable[[Exchange], Awaitable[None]]] = MappingProxyType({
     "reset before": _reset_before, "reset after": _reset_after, "lost answer": _lost_answer,
     "short body": _short_body, "truncation": _truncation, "hang": _hang, "slow drip": _slow_drip,
     "bit flip": _bit_flip,
-    "401": _says(401, "Unauthorized"), "403": _says(403, "Forbidden"),
+    **OF_AN_ACCOUNT,
 })  # fmt: skip
-"""All faults by name; the last two are not of the network but of the account."""
+"""All faults by name."""
 
 
 class FaultProxy:

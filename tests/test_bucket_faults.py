@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from bucket_processes import QUICK, Outcome, Processes, check, read, small_contents, stored, write
-from fault_proxy import FAULTS, FaultProxy, Kind, Rule
+from fault_proxy import FAULTS, OF_AN_ACCOUNT, FaultProxy, Kind, Rule
 from kill_points import unchecked
 from servers.everywhere import Started
 from servers.moto import NAME as MOTO
@@ -21,7 +21,7 @@ from stores import tree
 import actstore.errors
 from actstore.errors import CorruptStoreError, StoreError
 
-OF_A_NETWORK = [name for name in FAULTS if name not in ("401", "403")]
+OF_A_NETWORK = [name for name in FAULTS if name not in OF_AN_ACCOUNT]
 CHANGING = {"short body", "bit flip"}  # nothing about the message says that it is not what was sent
 NO_ANSWER = {"412"}  # to what had no condition: TensorStore takes a chunk for missing, a new plan for another's
 DEADLINES = {"few": 12.0, "all": 3.0}  # seconds; by how many requests meet the fault

@@ -66,7 +66,8 @@ def _make_users(endpoint: str, rights: Mapping[str, list[str]]) -> dict[str, dic
         )  # fmt: skip
 
     def check_after(actions: int) -> None:
-        request("POST", f"{endpoint}/moto-api/reset-auth", str(actions).encode())
+        plain = {"Content-Type": "text/plain"}  # else it is taken for a form
+        request("POST", f"{endpoint}/moto-api/reset-auth", str(actions).encode(), plain)
 
     check_after(1000)
     client("s3").create_bucket(Bucket=BUCKET)
