@@ -78,7 +78,7 @@ REFUSED = {  # who, what: the error and a part of its message
     ("gs stranger", "write"): ("StoragePermissionError", "the storage answered 403"),
     ("gs expired", "read"): ("CredentialsError", "the storage answered 401"),
     ("gs expired", "write"): ("CredentialsError", "the storage answered 401"),
-    ("gs no credentials", "read"): ("CredentialsError", "credentials"),
+    ("gs no credentials", "read"): ("CredentialsError", "the JSON credentials file"),
     ("gs no bucket", "write"): ("BucketError", "404"),
     ("gs no bucket", "read"): ("StoreNotFoundError", "no activation store at gs://not-there/run.acts.zarr"),
 }
@@ -139,8 +139,12 @@ def test_credentials_that_expire_in_the_middle_lose_nothing(open_s3: Server, pro
 def test_the_command_line_says_it_in_one_line_with_the_code(users: dict[str, Server], open_s3: Server) -> None:
     nowhere = dataclasses.replace(open_s3, bucket="not-there")
     unreachable = open_s3.through("http://127.0.0.1:9")  # nobody listens there
-    asked = {"s3 stranger": (users["s3 stranger"], 2, "AccessDenied"), "gs expired": (users["gs expired"], 2, "401"),
-             "no bucket": (nowhere, 2, "NoSuchBucket"), "unreachable": (unreachable, 3, "no answer|connect")}  # fmt: skip
+    asked = {
+        "s3 stranger": (users["s3 stranger"], 2, "AccessDenied"),
+        "gs expired": (users["gs expired"], 2, "401"),
+        "no bucket": (nowhere, 2, "NoSuchBucket"),
+        "unreachable": (unreachable, 3, "no answer|connect"),
+    }
     running = {
         name: subprocess.Popen(
             [sys.executable, "-m", "actstore", "info", server.url(KEY)], text=True,

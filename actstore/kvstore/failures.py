@@ -57,6 +57,7 @@ _STATUS: _Kinds = [
     ("CREDENTIALS", CredentialsError, _CREDENTIALS),  # of the AWS libraries
     ("credentials from provider", CredentialsError, _CREDENTIALS),
     ("credentials provider", CredentialsError, _CREDENTIALS),
+    ("credentials file", CredentialsError, _CREDENTIALS),  # of Google
     ("PERMISSION_DENIED", StoragePermissionError, "check the permissions of the target"),
     ("UNAUTHENTICATED", CredentialsError, "check your credentials"),
     ("RESOURCE_EXHAUSTED", StorageFullError, "free some space, then run the same command again"),
@@ -131,7 +132,7 @@ def reason(text: str) -> str:
         return f"the storage answered {answer}{place}"
     if curl := re.search(r"CURL error ([\w ,'/-]+)", text):
         return curl[1].strip().removesuffix(" to server").lower() + place  # what follows names the server
-    if _kind(text)[0] is CredentialsError:
+    if _kind(text)[0] is CredentialsError and "credentials file" not in text:
         return "no credentials were found where they were looked for"
     text = re.sub(r"\s*\[[a-z_ ]+='.*$", "", text.split("\n", maxsplit=1)[0])
     cause = re.split(r'": |(?<=[a-z]): (?=[A-Z])|^[A-Z_]+: ', text)[-1]
