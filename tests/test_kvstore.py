@@ -9,6 +9,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tensorstore as ts
@@ -125,18 +126,19 @@ def test_everybody_who_creates_at_once_gets_the_same(tmp_path):
 
 def test_create_writes_again_what_another_removes_in_between(root, monkeypatch):
     """As claims are: the conditional write is refused, and what was there is gone when it is read back."""
-    call, calls = Root._call, []
+    begin, calls = Root._begin, []
 
-    def busy(self, doing, start):
+    def busy(self, doing, start, **details):
         calls.append(doing)
         if len(calls) == 2:
-            return None  # refused, and then removed
-        return call(self, doing, start)
+            return SimpleNamespace(result=lambda: None)  # refused, and then removed
+        return begin(self, doing, start, **details)
 
-    monkeypatch.setattr(Root, "_call", busy)
+    monkeypatch.setattr(Root, "_begin", busy)
     assert root.create("claim", b"mine") == b"mine"
     assert len(calls) == 5
-    monkeypatch.setattr(Root, "_call", lambda self, doing, start: call(self, "read", lambda kv: kv.read("nothing")))
+    nothing = begin(root, "read", lambda kv: kv.read("nothing"))
+    monkeypatch.setattr(Root, "_begin", lambda self, doing, start, **details: nothing)
     with pytest.raises(StorageError, match="it was gone each of 8 times; expected that it stays"):
         root.create("claim", b"mine")
 
