@@ -52,7 +52,7 @@ class Progress:
     seconds_for_storage: float = 0.0
     """Of waiting until the storage has taken what was computed before: the device has nothing to do meanwhile."""
     seconds_for_device: float = 0.0
-    """Of waiting for rows."""
+    """Of handing passes to the device, the first of which is compiled, and of waiting for rows."""
     seconds_for_host: float = 0.0
     """Of making inputs and copying rows into blocks, while the device computes."""
 
@@ -192,7 +192,8 @@ class _Run:
                         self._write(step.block, buffer)
                         buffer = None
                 self._show()
-        self._writer.close()
+        with self._stages.on("storage"):
+            self._writer.close()
         self._show()
         return self._state
 

@@ -13,8 +13,9 @@ Stage = Literal["storage", "device", "host"]
 class Stages:
     """Seconds that the loop spent on each stage; what is left of the time is its own.
 
-    `storage`: waiting until a block that is being written gives its buffer back. `device`: waiting for rows. `host`:
-    making the input of the next pass, and copying rows into blocks.
+    `storage`: waiting until a block that is being written gives its buffer back. `device`: handing it a pass, which
+    compiles the first time, and waiting for rows. `host`: making the input of the next pass, and copying rows into
+    blocks.
     """
 
     seconds: dict[Stage, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(get_args(Stage), 0.0))

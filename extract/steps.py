@@ -90,12 +90,13 @@ def forward_steps(
         nonlocal reason
         reason = reason or stopping() or ""
         stops = group.total(int(bool(reason)))
-        with stages.on("host") if latest is not None else contextlib.nullcontext():  # the first one compiles
+        with stages.on("host"):
             contexts = plan.contexts(number)
             kept = np.zeros(places, np.int32)
             kept[: len(contexts.documents)] = np.flatnonzero(contexts.kept)
             inputs = (contexts.token_ids, contexts.segment_ids, contexts.positions)
             tokens, segments, positions = (group.place(values, dealt=True) for values in inputs)
+        with stages.on("device"):  # on a CPU with several devices this call computes; the first one compiles
             arrays = forward(plan.model.params, tokens, segments, positions, group.place(kept, dealt=False))
             if kept_here:
                 arrays = {site: toward_host(rows) for site, rows in arrays.items()}
