@@ -11,7 +11,7 @@ from actstore.ledger import committed_blocks, read_plan, read_status
 from actstore.schema import Plan, printable
 
 RATE_SECONDS = 300.0  # the rate is that of the last five minutes
-LATE_SECONDS, LATE_BLOCKS = 60.0, 4  # as in `extract`: others then take the block over
+LATE_SECONDS, LATE_BLOCKS = 60.0, 4  # of silence, of one block; as in `extract`: others then take it over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,9 @@ class WorkerSeen:
         process: Its number there.
         blocks: That it computes or writes now.
         seconds: Since it took the newest of them, by its clock and this one.
+        silent_seconds: Since it last said that it lives.
         samples_per_second: Its own rate; None before its first block is done.
-        late: Whether that is so long ago that others take the block over: it is slow, or gone.
+        late: Whether others take its blocks over: it says nothing, or is slow.
     """
 
     rank: int
@@ -33,6 +34,7 @@ class WorkerSeen:
     process: int
     blocks: tuple[int, ...]
     seconds: float
+    silent_seconds: float
     samples_per_second: float | None
     late: bool
 
@@ -150,15 +152,16 @@ def _workers(claims: dict[int, Claim], plan: Plan) -> tuple[WorkerSeen, ...]:
     by_worker: dict[str, list[tuple[int, Claim]]] = {}
     for block, claim in sorted(claims.items()):
         by_worker.setdefault(claim.worker, []).append((block, claim))
-    found = []
+    found, now = [], time.time()
     for claimed in by_worker.values():
         newest = max((claim for _, claim in claimed), key=lambda claim: claim.since)
-        seconds, rate = max(0.0, time.time() - newest.since), newest.samples_per_second
-        block_seconds = plan.layout.block_samples / rate if rate else 0.0
-        late = seconds > max(LATE_SECONDS, LATE_BLOCKS * block_seconds)
+        seconds, rate = max(0.0, now - newest.since), newest.samples_per_second
+        silent = max(0.0, now - max(max(claim.since, claim.seen or 0.0) for _, claim in claimed))
+        slow = rate is not None and rate > 0 and seconds > LATE_BLOCKS * plan.layout.block_samples / rate
+        late = silent > LATE_SECONDS or (slow and seconds > LATE_SECONDS)
         blocks = tuple(block for block, _ in claimed)
         host = printable(newest.host, most=100)
-        found.append(WorkerSeen(newest.rank, host, newest.process, blocks, seconds, rate, late))
+        found.append(WorkerSeen(newest.rank, host, newest.process, blocks, seconds, silent, rate, late))
     return tuple(sorted(found, key=lambda worker: (worker.rank, worker.host, worker.process)))
 
 

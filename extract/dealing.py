@@ -55,6 +55,7 @@ class Dealer:
         self._least_patience = patience
         self._longest = 0.0
         self._given: dict[int, float] = {}  # blocks in hand, and since when
+        self._handed_over: set[int] = set()  # those of them that are being written
         self._dealt, self._began = 0, time.monotonic()
         self._listed = self._listing = 0.0
         self._renewed, self._jitter = time.monotonic(), np.random.default_rng(rank.rank)
@@ -86,10 +87,14 @@ class Dealer:
             self._watch()
 
     def wanted(self, block: int) -> bool:
-        """Whether a block that was dealt still has to be written: not if another worker took it over and did it."""
+        """Whether a block that was dealt still has to be written: not if another worker took it over and did it.
+
+        One that has counts as handed over to the writer, which finishes it whatever comes: it is not given back.
+        """
         if self._is_committed(block):
             _say("dropped", block)
             return False
+        self._handed_over.add(block)
         return True
 
     def release(self, block: int, *, committed: bool) -> None:
@@ -106,6 +111,7 @@ class Dealer:
 
     def _release(self, block: int, *, committed: bool) -> None:
         since = self._given.pop(block, None)
+        self._handed_over.discard(block)
         if committed:
             self.committed.add(block)
             if since is not None:
@@ -114,8 +120,8 @@ class Dealer:
             self._claims.release(block)
 
     def give_back(self) -> None:
-        """Gives back every block in hand, of a run that ends before its time."""
-        for block in list(self._given):
+        """Gives back every block in hand that is not being written, of a run that ends before its time."""
+        for block in set(self._given) - self._handed_over:
             self.release(block, committed=False)
         if self._watches:
             with contextlib.suppress(ActstoreError):

@@ -68,11 +68,18 @@ def test_a_look_counts_markers_and_names_workers(root: Root) -> None:
     assert lines[3].endswith("100 samples/s, slow or gone")
 
 
-def test_a_slow_worker_is_late_after_its_own_measure(root: Root) -> None:
-    since = time.time() - LATE_SECONDS - 100
-    claimed(root, 2, worker="a" * 16, since=since, samples_per_second=64 / 100)  # a block takes it 100 s
-    claimed(root, 3, worker="b" * 16, rank=1, since=since, samples_per_second=64 / 10)
-    assert [worker.late for worker in Watch(root).look().workers] == [False, True]
+def test_a_worker_is_late_when_it_is_silent_or_slow_by_its_own_measure(root: Root) -> None:
+    now = time.time()
+    since = now - LATE_SECONDS - 100
+    cases = {
+        "slow, and says so": {"seen": now - 20, "samples_per_second": 64 / 100},  # a block takes it 100 s
+        "slower than it said": {"seen": now - 20, "samples_per_second": 64 / 10},
+        "silent": {"samples_per_second": 64 / 100},
+        "compiles": {"seen": now - 20},
+    }
+    for number, more in enumerate(cases.values()):
+        claimed(root, 2 + number, worker=f"{number}" * 16, rank=number, since=since, **more)
+    assert [worker.late for worker in Watch(root).look().workers] == [False, True, True, False]
 
 
 def test_between_two_looks_markers_tell_the_rate(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,6 +320,18 @@ def test_of_many_that_take_over_one_claim_one_has_it(begun: Root) -> None:
         assert sum(took) == 1
 
 
+def test_a_block_that_is_being_written_is_not_given_back(begun: Root) -> None:
+    plan = read_plan(begun, unfinished=True)
+    dealer = Dealer(begun, plan, rank=Rank())
+    dealt = iter(dealer)
+    assert [next(dealt), next(dealt)] == [3, 5]
+    assert dealer.wanted(3)
+    dealer.give_back()
+    assert Claims(begun, plan).claimed(0) == {3}
+    dealer.release(3, committed=True)
+    assert Claims(begun, plan).claimed(0) == set()
+
+
 def test_a_block_that_was_committed_before_it_was_taken_is_not_dealt(begun: Root) -> None:
     plan = read_plan(begun, unfinished=True)
     dealer = Dealer(begun, plan, rank=Rank())

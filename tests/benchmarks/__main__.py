@@ -10,7 +10,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks import capture, extraction, growth, loading, notebooks, reading, scale, writing
+from tests.benchmarks import capture, extraction, growth, loading, notebooks, reading, scale, scaling, writing
 
 
 def main() -> None:
@@ -35,6 +35,7 @@ def main() -> None:
         figures |= reading.measure(Path(name), repeats=options.repeats, documents=10_000_000)
         figures |= capture.measure(Path(name), model=options.model, repeats=options.repeats)
         figures |= extraction.measure(Path(name), model=options.model, repeats=options.repeats)
+        figures |= scaling.measure(Path(name), model=options.model, repeats=options.repeats)
     print(json.dumps(figures))
 
 
