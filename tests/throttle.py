@@ -3,6 +3,7 @@
 It knows nothing of what it passes. All connections share one limit, as those of a machine share its network.
 """
 
+import bisect
 import contextlib
 import socket
 import threading
@@ -27,7 +28,7 @@ class Throttle:
         self._upstream = (parts.hostname or "", parts.port or 80)
         self._rate, self._lock = bytes_per_second, threading.Lock()
         self._next = 0.0  # when the way is free again
-        self.bytes_up = 0
+        self._sent: list[tuple[float, int]] = []  # moments, and bytes in all until then
         self._server = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.endpoint = f"http://127.0.0.1:{self._server.getsockname()[1]}"
 
@@ -41,6 +42,14 @@ class Throttle:
         with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
+
+    def bytes_between(self, first: float, last: float) -> int:
+        """Bytes that were sent to the server between two moments of `time.monotonic`."""
+        with self._lock:
+            moments = [moment for moment, _ in self._sent]
+            begin, end = bisect.bisect(moments, first), bisect.bisect(moments, last)
+            counted = [0, *(count for _, count in self._sent)]
+            return counted[end] - counted[begin]
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # closed
@@ -64,8 +73,7 @@ class Throttle:
     def _wait(self, count: int) -> None:
         """Waits for the turn of some bytes: each piece takes the way for as long as it needs."""
         with self._lock:
-            self.bytes_up += count
             begins = max(self._next, time.monotonic())
-            self._next = begins + count / self._rate
-            until = self._next
+            self._next = until = begins + count / self._rate
+            self._sent.append((until, count + (self._sent[-1][1] if self._sent else 0)))
         time.sleep(max(0.0, until - time.monotonic()))
