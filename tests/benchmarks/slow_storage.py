@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the servers of the tests are
 
-from servers.strict_gcs import strict_gcs  # noqa: E402
-from throttle import Throttle  # noqa: E402
+from servers.strict_gcs import strict_gcs
+from throttle import Throttle
 
 DOCUMENTS, BLOCK_SAMPLES = 40, 2048
 SITES = ("resid_post", "resid_mid", "attn_out", "mlp_out")
