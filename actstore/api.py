@@ -1,7 +1,7 @@
 """`actstore.open` and `actstore.create`: the few calls most programs need, over the modules that do the work."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -27,6 +27,7 @@ from actstore.reader import check_complete, open_dataset
 from actstore.scaling import Normalization
 from actstore.schema import Plan
 from actstore.table import DocumentTable, StoredDocuments, refuse_known_ids, write_table
+from actstore.verify import Depth, Report, verify
 from actstore.windows import Selection
 from actstore.writer import Writer
 
@@ -280,6 +281,19 @@ class Store:
         index = found.layer_index(layer)
         kept = Kept(self._root, self.plan, where, [(found, index)], check=check) if where is not None else None
         return norm_statistics(self._root, self.plan, found, index, kept=kept, check=check)
+
+    def verify(self, *, depth: Depth = "full", progress: Callable[[int, int], None] | None = None) -> Report:
+        """Compares everything that is stored with the plan and the markers. Reads only.
+
+        Args:
+            depth: `fast` (is every shard there, one small read each), `sample` (and one in twenty is decoded) or `full`
+                (all bytes are read, with two shards in memory).
+            progress: called with (shards done, shards in all).
+
+        Returns:
+            What was compared; the store is sound at this depth if its `findings` are empty.
+        """
+        return verify(self._root, self.plan, depth=depth, progress=progress)
 
     def text(self, rows: Sequence[int] | Int[np.ndarray, " n"], *, window: int = 16) -> TokenRows[TokenInContext]:
         """Each row's token with up to `window` tokens before and after it, from the stored texts: no tokenizer needed.

@@ -31,7 +31,6 @@ from actstore.repair import repair as repair_store
 from actstore.schema import printable
 from actstore.terminal import Work, redrawn
 from actstore.verify import Depth, Report
-from actstore.verify import verify as verify_store
 from actstore.watch import Watch
 
 app = typer.Typer(
@@ -301,7 +300,7 @@ def _verify(store: str, depth: Depth) -> Report:
     """Verifies with progress."""
     opened = actstore.open(store, partial=True)
     with Work("verify", unit="shards") as work:
-        return verify_store(Root.of(store), opened.plan, depth=depth, progress=work.update)
+        return opened.verify(depth=depth, progress=work.update)
 
 
 def _report_text(report: Report) -> str:

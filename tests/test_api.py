@@ -222,6 +222,19 @@ def test_rows_of_blocks_that_are_not_committed_are_refused_as_such(unfinished):
             store.text([row])
 
 
+def test_a_store_verifies_itself(finished, unfinished, tmp_path):
+    done: list[tuple[int, int]] = []
+    report = actstore.open(finished).verify(progress=lambda shards, total: done.append((shards, total)))
+    assert report.findings == ()
+    assert done[-1] == (report.shards, report.shards) != (0, 0)
+    assert actstore.open(unfinished, partial=True).verify(depth="fast").findings == ()
+    shutil.copytree(finished, tmp_path / "cut.acts.zarr")
+    shard = tmp_path / "cut.acts.zarr/resid_post/c/0/1/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (finding,) = actstore.open(tmp_path / "cut.acts.zarr").verify(depth="fast").findings
+    assert (finding.what, finding.block) == ("resid_post, layer 2, block 1", 1)
+
+
 def test_a_negative_window_is_refused(finished):
     with pytest.raises(InputError, match="window is -1; expected a number of tokens, 0 or more"):
         actstore.open(finished).text([0], window=-1)
