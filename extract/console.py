@@ -53,6 +53,7 @@ class RunConsole:
             StoppedError: a signal came; committed blocks stay.
         """
         from extract.loop import run
+        from extract.mesh import leaving
 
         samples, alone = decided.as_json()["samples"], self.rank.workers == 1
 
@@ -65,8 +66,9 @@ class RunConsole:
 
         label = "extract" if alone else f"worker {self.rank.rank} of {self.rank.workers}"
         with (
-            Work(label, unit="samples", bar=self.rank.rank == 0) as work,
             STOPPING.finishing(f"{store} keeps its committed blocks"),
+            leaving(),
+            Work(label, unit="samples", bar=self.rank.rank == 0) as work,
         ):
             return run(decided, store, progress=show, rank=self.rank, stopping=STOPPING.reason)
 

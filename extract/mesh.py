@@ -7,13 +7,14 @@ import functools
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Shaped
 
-from actstore.errors import InputError, WorkerLostError
+from actstore.errors import InputError, StoppedError, WorkerLostError
 from actstore.logs import error_line
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 AXES = ("data", "model")
 HEARTBEAT_SECONDS = 10  # JAX's default is 100: as long would a group wait for one that was killed
 JOIN_SECONDS = 300
+LEAVE_SECONDS = 10.0  # JAX waits 300 until all others end too: launchers kill after 30
 _LOST = (
     "another of the processes that compute this model ended or cannot be reached; committed blocks stay: run the same "
     "command again on all of them"
@@ -99,6 +101,28 @@ def _end_with_75_when_others_are_lost() -> None:
 
     _HANDLERS.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(end))
     ctypes.CDLL(None).signal(int(signal.SIGABRT), _HANDLERS[-1])
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Ends a process that joined others when it is stopped inside: soon, though the others may go on for hours.
+
+    Where all are stopped together they take leave of each other, so that none is lost while another still writes.
+    Those that go on are ended by JAX when this one is gone, with 75 too: all continue when they are started again.
+    """
+    import jax
+
+    try:
+        yield
+    except StoppedError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        said = error_line(" ".join(str(error).split()))
+        os.write(2, said.encode())
+        farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        farewell.start()
+        farewell.join(LEAVE_SECONDS)
+        os._exit(error.exit_code)
 
 
 def make_mesh(data: int, model: int) -> "Mesh | None":

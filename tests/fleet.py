@@ -3,6 +3,7 @@
 Each is a process of its own that runs the command line; what it says goes into files, so that a kill loses nothing.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -112,4 +113,7 @@ def _run(folder: str, arguments: list[str], devices: int) -> None:
     sys.argv = ["actstore", *arguments]
     from actstore.__main__ import main
 
-    main()
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # JAX takes leave of the others there; multiprocessing ends without it

@@ -67,7 +67,7 @@ def until_blocks(fleet: list[Worker], url: Path, count: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("stopped", [[0], [1], [0, 1, 2]], ids=["the coordinator", "another", "all"])
+@pytest.mark.parametrize("stopped", [[0], [0, 1, 2]], ids=["the coordinator", "all"])
 def test_a_signal_to_joined_workers(tmp_path: Path, one: dict[str, bytes], stopped: list[int]) -> None:
     """Who is stopped ends with 75 in time; the others finish, or end with 75 too; then any number continues."""
     url = tmp_path / "x.acts.zarr"
@@ -83,3 +83,17 @@ def test_a_signal_to_joined_workers(tmp_path: Path, one: dict[str, bytes], stopp
     again = workers(tmp_path / "second", url, 2, *FEW, "--mesh", INSIDE, devices=2)
     assert [worker.wait() for worker in again] == [0, 0], [worker.errors for worker in again]
     assert tree(url) == one
+
+
+def test_one_that_is_stopped_does_not_wait_for_those_that_go_on(tmp_path: Path) -> None:
+    """The others have work for a minute; JAX ends them some seconds later, and they say that they can be continued."""
+    url = tmp_path / "x.acts.zarr"
+    much = ["--limit", "400", "--block-samples", "256", "--dtype", "float32", "--mesh", INSIDE]
+    fleet = workers(tmp_path / "fleet", url, 2, *much, *joined(), devices=2)
+    until_blocks(fleet, url, 3)
+    fleet[1].signal(signal.SIGTERM)
+    assert fleet[1].wait(30) == 75, fleet[1].errors
+    assert fleet[1].errors.splitlines()[-1].startswith("error: stopped by SIGTERM; ")
+    assert fleet[0].code is None  # it had work still
+    assert fleet[0].wait(45) == 75, fleet[0].errors
+    assert "ended or cannot be reached; committed blocks stay: run the same command again" in fleet[0].errors
