@@ -257,6 +257,8 @@ class FaultProxy:
         """Those that ended, in the order in which they did."""
         self.faulted = 0
         """How many requests met a fault; some may still hang."""
+        self.under_way = 0
+        """How many requests are not among `requests` yet."""
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._run, name="fault-proxy")
@@ -332,12 +334,14 @@ class FaultProxy:
         kind, key = what_is_asked(method, target)
         fault = self._fault(method, kind, key)
         exchange = Exchange(request, writer, self._upstream, self._silent, gone)
+        self.under_way += 1
         try:
             if fault:
                 await FAULTS[fault](exchange)
             else:
                 await exchange.answer(await exchange.forward())
         finally:
+            self.under_way -= 1
             self.requests.append(
                 Seen(method, kind, key, fault, exchange.status, len(request.body), exchange.bytes_down)
             )

@@ -10,6 +10,7 @@ from bucket_processes import LAYOUT, Processes, as_files, small_contents, stored
 from kill_points import check_kept
 from servers.everywhere import SERVERS, Started
 from servers.server import Missing, Server
+from servers.static_http import static_http
 from stores import tree
 
 import actstore
@@ -60,6 +61,19 @@ def test_four_writers_of_which_one_is_killed_leave_what_every_reader_reads(
     assert found == whole
     assert processes.value(server, "read", key) == "right"
     check_readers(server, key)
+
+
+def test_a_plain_web_server_is_enough_to_read(tmp_path: Path, processes: Processes) -> None:
+    """`http://`: no list, no writing."""
+    small_contents().write(tmp_path / "run.acts.zarr")
+    with static_http(tmp_path) as server:
+        assert processes.value(server, "read", "run.acts.zarr") == "right"
+        assert processes.value(server, "check", "run.acts.zarr") == "complete"
+        decoded = xr.open_dataset(server.url("run.acts.zarr"))
+        assert np.array_equal(decoded.resid_post.values, small_contents().rows["resid_post"].astype(np.float32))
+        refused = processes.run(server, "write", "other.acts.zarr")
+        assert (refused.error, refused.exit_code) == ("InputError", 2)
+        assert "web servers are only read" in refused.message
 
 
 def check_readers(server: Server, key: str) -> None:

@@ -10,7 +10,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks import capture, extraction, growth, loading, notebooks, reading, scale, scaling, writing
+from tests.benchmarks import buckets, capture, extraction, growth, loading, notebooks, reading, scale, scaling, writing
 
 
 def main() -> None:
@@ -30,6 +30,7 @@ def main() -> None:
         figures |= writing.measure(Path(name), repeats=options.repeats)
         figures |= loading.measure(Path(name), repeats=options.repeats)
         figures |= notebooks.measure(Path(name), repeats=options.repeats)
+        figures |= buckets.measure(repeats=options.repeats)
         figures |= scale.measure(Path(name), repeats=options.repeats)
         figures |= growth.measure(Path(name), repeats=options.repeats)
         figures |= reading.measure(Path(name), repeats=options.repeats, documents=10_000_000)
