@@ -20,8 +20,8 @@ from stores import tree
 import actstore
 
 OPTIONS = [
-    "--model", "tiny-qwen2", "--documents", "python-docs", "--limit", "30", "--layers", "1,3", "--context", "128",
-    "--batch", "4", "--block-samples", "1024",
+    "--model", "tiny-qwen2", "--documents", "python-docs", "--limit", "12", "--layers", "1,3", "--context", "128",
+    "--batch", "4", "--block-samples", "512",
 ]  # fmt: skip
 ALONE = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 OWN = (".act/probes/", ".act/claims/")  # of workers that died: no part of the store

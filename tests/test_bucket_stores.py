@@ -68,7 +68,9 @@ def test_a_plain_web_server_is_enough_to_read(tmp_path: Path, processes: Process
     small_contents().write(tmp_path / "run.acts.zarr")
     with static_http(tmp_path) as server:
         assert processes.value(server, "read", "run.acts.zarr") == "right"
-        assert processes.value(server, "check", "run.acts.zarr") == "complete"
+        unlisted = processes.run(server, "check", "run.acts.zarr")  # shards that are too many are found by a list
+        assert (unlisted.error, unlisted.exit_code) == ("InputError", 2)
+        assert "which cannot be listed" in unlisted.message
         decoded = xr.open_dataset(server.url("run.acts.zarr"))
         assert np.array_equal(decoded.resid_post.values, small_contents().rows["resid_post"].astype(np.float32))
         refused = processes.run(server, "write", "other.acts.zarr")
