@@ -12,7 +12,8 @@ help:
 	@echo "make lint          format, lint, types, import rules"
 	@echo "make docs          the documentation, into docs/_build/html"
 	@echo "make bench         benchmarks beside peers, one JSON line last: 4 GB of disk, and 3 GB of peers at first"
-	@echo "make soak          ten minutes of training with restores, failures and killed readers: nothing may leak"
+	@echo "make soak          ten minutes of training with restores, failures and killed readers: nothing may leak;"
+	@echo "                   then a bucket behind a network that fails, and kills at every point: 15 minutes"
 	@echo "make wheel-check   build the wheel, read a store in an empty environment"
 	@echo "make other-python  the tests on the newest other Python found"
 	@echo "make trainers      real trainers on a small store, each in its own environment: 8 GB, ten minutes"
@@ -41,6 +42,8 @@ bench: $(VENV)/.bench
 
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --minutes 10 --seed 1
+	$(BIN)/python -m tests.bucket_soak --seconds 60 --seed 1
+	$(BIN)/python -m tests.bucket_storm --kills 60
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build/html

@@ -20,6 +20,10 @@ from stores import tree
 
 import actstore.errors
 from actstore.errors import CorruptStoreError, StoreError
+from actstore.kvstore import Root
+from actstore.ledger import read_plan
+from actstore.repair import repair
+from actstore.verify import verify
 
 OF_A_NETWORK = [name for name in FAULTS if name not in OF_AN_ACCOUNT]
 CHANGING = {"short body", "bit flip"}  # nothing about the message says that it is not what was sent
@@ -144,6 +148,28 @@ def check_store(server: Server, case: Case, whole: dict[str, bytes]) -> None:
         assert read(url) == "right"
     except CorruptStoreError:
         assert case.fault in CHANGING
+
+
+def test_a_digest_that_changed_while_it_was_sealed_is_found_and_mended(
+    server: Server, processes: Processes, whole: dict[str, bytes]
+) -> None:
+    """The manifest is made of the markers as they were read: one with another bit is sealed if it still is a marker."""
+    key, url = "sealed.acts.zarr", server.url("sealed.acts.zarr")
+    write(url, seal=False)
+    rules = [Rule("bit flip", frozenset({"read"}), key=r"commits/0000000[012]", most=3)]
+    with FaultProxy(server.endpoint, rules) as proxy:
+        outcome = processes.run(server.through(proxy.endpoint), "write", key)
+        assert proxy.faulted
+    assert outcome.error in ("", "CorruptStoreError")
+    if not outcome.error:
+        root = Root.of(url)
+        report = verify(root, read_plan(root))
+        assert all("differs from the manifest" in finding.problem for finding in report.findings)
+        assert report.findings
+        repair(root, read_plan(root), report)
+    write(url)
+    assert check(url) == "complete"
+    assert {name: data for name, data in stored(server, key).items() if "/probes/" not in name} == whole
 
 
 def test_meta_a_result_that_is_wrong_would_be_seen(server: Server) -> None:
