@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actstore.api import Store, append, create, open  # noqa: A004  reads as `actstore.open`
+    from actstore.api import Store, append, copy, create, open  # noqa: A004  reads as `actstore.open`
     from actstore.batches import Batch, Batches
     from actstore.errors import ActstoreError
     from actstore.filters import Filter
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from actstore.schema import Plan
     from actstore.table import DocumentTable
     from actstore.writer import Writer
+    from actstore.zarr_adapter import zarr_store
 
 __version__ = "0.1.0"
 _WHERE = {
@@ -37,8 +38,10 @@ _WHERE = {
     "TokenRows": "marked",
     "Writer": "writer",
     "append": "api",
+    "copy": "api",
     "create": "api",
     "open": "api",
+    "zarr_store": "zarr_adapter",
 }
 _MODULES = ("errors", "export", "layout")
 __all__ = [
@@ -57,8 +60,10 @@ __all__ = [
     "TokenRows",
     "Writer",
     "append",
+    "copy",
     "create",
     "open",
+    "zarr_store",
 ]
 
 

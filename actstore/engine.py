@@ -8,7 +8,7 @@ import xarray as xr
 from xarray.backends import BackendEntrypoint
 
 from actstore import accessor  # noqa: F401  datasets have `.acts` then
-from actstore.kvstore import SUFFIX, Root
+from actstore.kvstore import SUFFIX, Cache, Root
 from actstore.ledger import find_plan, read_plan
 from actstore.reader import open_dataset
 from actstore.texts import documents_dataset
@@ -18,7 +18,7 @@ class ActstoreBackend(BackendEntrypoint):
     """The xarray engine `actstore`."""
 
     description = "Activation stores (*.acts.zarr), read through TensorStore"
-    open_dataset_parameters = ("filename_or_obj", "drop_variables", "raw", "partial", "check")
+    open_dataset_parameters = ("filename_or_obj", "drop_variables", "raw", "partial", "check", "cache")
     supports_groups = True
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
@@ -35,9 +35,10 @@ class ActstoreBackend(BackendEntrypoint):
         raw: bool = False,
         partial: bool = False,
         check: bool = True,
+        cache: str | os.PathLike[str] | None = None,
     ) -> xr.Dataset:
-        """The store as a lazy Dataset; see `actstore.reader.open_dataset`."""
-        root = Root.of(filename_or_obj)
+        """The store as a lazy Dataset; see `actstore.reader.open_dataset`, and `actstore.open` for `cache`."""
+        root = Root.of(filename_or_obj, cache=None if cache is None else Cache(cache))
         drop = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
         plan, complete = find_plan(root, unfinished=partial)
         return open_dataset(root, plan, raw=raw, partial=partial, check=check, drop=drop, complete=complete)

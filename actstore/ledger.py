@@ -301,10 +301,10 @@ def read_marker(root: Root, plan: Plan, block: int) -> Marker:
     Raises:
         CorruptStoreError: missing, damaged, or of another plan or block.
     """
-    return _parsed_marker(root, plan, block, root.read(marker_key(block, plan.generation)))
+    return parsed_marker(root, plan, block, root.read(marker_key(block, plan.generation)))
 
 
-def _parsed_marker(root: Root, plan: Plan, block: int, data: bytes | None) -> Marker:
+def parsed_marker(root: Root, plan: Plan, block: int, data: bytes | None) -> Marker:
     """A marker that was read, compared with the plan; the same errors as `read_marker`."""
     key = marker_key(block, plan.generation)
     if data is None:
@@ -474,7 +474,7 @@ def seal(root: Root, plan: Plan) -> None:
     if plan.documents is not None and not has_table(root, plan):
         raise UnfinishedStoreError(f"{root.url} cannot be sealed: its documents are not written; write them, then seal")
     found = root.read_all(marker_key(block, plan.generation) for block in plan.blocks)
-    markers = tuple(_parsed_marker(root, plan, block, data) for block, data in zip(plan.blocks, found, strict=True))
+    markers = tuple(parsed_marker(root, plan, block, data) for block, data in zip(plan.blocks, found, strict=True))
     _refuse_lost_shards(root, plan)
     manifest = Manifest(format=FORMAT, fingerprint=plan.fingerprint, blocks=markers).to_json()
     root.write(key_in(plan.generation, MANIFEST_KEY), manifest)

@@ -4,7 +4,8 @@ TensorStore reads an object without a shard index whole, however large it is, wa
 the lengths in a shard's index. So no object may be larger than the rows it holds, and no chunk of a shard either. What
 is too small or not there is left to TensorStore, whose errors name it.
 
-Of remote storage nothing is looked at beforehand: that would double the requests.
+Of a remote object the size or the index is asked for before, each time: one request more. What is compared with commit
+markers does not come this way: see `ranged`.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ class Objects:
     """One array and what its objects may cost. Cheap to make; nothing is read until `begin` is called."""
 
     root: Root
+    name: str
     array: Any
     folder: str
     shape: tuple[int, ...]
@@ -54,12 +56,12 @@ class Objects:
         item = array.dtype.numpy_dtype.itemsize
         whole, part = math.prod(shape) * item, math.prod(chunk) * item
         if codecs[0]["name"] != "sharding_indexed":
-            return cls(root, array, array.kvstore.path, shape, whole + CHECKSUM_BYTES, 0, 0)
+            return cls(root, name, array, array.kvstore.path, shape, whole + CHECKSUM_BYTES, 0, 0)
         names = [codec["name"] for codec in codecs[0]["configuration"]["codecs"]]
         chunks = whole // part
         most = part + CHECKSUM_BYTES * ("crc32c" in names)
         most += (part // 128 + 1024) * ("zstd" in names)  # twice what rows that cannot be compressed grow by
-        return cls(root, array, array.kvstore.path, shape, chunks * (most + 16) + CHECKSUM_BYTES, chunks, most)
+        return cls(root, name, array, array.kvstore.path, shape, chunks * (most + 16) + CHECKSUM_BYTES, chunks, most)
 
     def begin(self, doing: str, *selection: int | slice) -> Operation[Any]:
         """Begins to read the part of the array that `selection` names into a new array.
@@ -81,9 +83,11 @@ class Objects:
         return self.root.begin(doing, lambda: target.write(part), size=values.nbytes)
 
     def _view(self, selection: tuple[int | slice, ...]) -> Any:
-        if self.root.is_local:
-            for key in self._keys(selection):
+        for key in self._keys(selection):
+            if self.root.is_local:
                 self._check(f"{self.folder}{key}")
+            else:
+                self._check_remote(f"{self.name}/{key}")
         return self.array[selection] if selection else self.array
 
     def _keys(self, selection: tuple[int | slice, ...]) -> Iterator[str]:
@@ -110,12 +114,25 @@ class Objects:
                 f"{path} has {found.st_size:,} bytes, expected at most {self.most_bytes:,}; run `actstore verify`"
             )
         if self.chunks:
-            longest = _longest_chunk(path, found.st_size, found.st_mtime_ns, found.st_ino, self.chunks)
-            if longest > self.most_chunk_bytes:
-                raise CorruptStoreError(
-                    f"{path} has an index with a chunk of {longest:,} bytes, expected at most "
-                    f"{self.most_chunk_bytes:,}; run `actstore verify`"
-                )
+            self._refuse_longer(path, _longest_chunk(path, found.st_size, found.st_mtime_ns, found.st_ino, self.chunks))
+
+    def _check_remote(self, key: str) -> None:
+        if not self.chunks:
+            self.root.look(key, self.most_bytes)
+            return
+        span = slice(-16 * self.chunks - CHECKSUM_BYTES, None)
+        try:
+            index = self.root.begin_range(f"read the index of {key} of {self.root.url}", key, span).result().value
+        except CorruptStoreError:  # shorter than an index: TensorStore says so
+            return
+        self._refuse_longer(f"{self.root.url}/{key}", _longest(index, self.chunks))
+
+    def _refuse_longer(self, where: str, longest: int) -> None:
+        if longest > self.most_chunk_bytes:
+            raise CorruptStoreError(
+                f"{where} has an index with a chunk of {longest:,} bytes, expected at most "
+                f"{self.most_chunk_bytes:,}; run `actstore verify`"
+            )
 
 
 @functools.lru_cache(maxsize=_SHARDS_KEPT)
@@ -126,8 +143,13 @@ def _longest_chunk(path: str, size: int, _changed: int, _number: int, chunks: in
         return 0
     with open(path, "rb") as file:  # noqa: PTH123  the same
         file.seek(size - length - CHECKSUM_BYTES)
-        data, stored = file.read(length), file.read(CHECKSUM_BYTES)
-    if crc32c(data) != int.from_bytes(stored, "little"):
+        return _longest(file.read(), chunks)
+
+
+def _longest(tail: bytes, chunks: int) -> int:
+    """The longest chunk that an index with its checksum claims; 0 where it is none."""
+    data, stored = tail[:-CHECKSUM_BYTES], tail[-CHECKSUM_BYTES:]
+    if len(data) != 16 * chunks or crc32c(data) != int.from_bytes(stored, "little"):
         return 0  # TensorStore looks at the checksum first, and refuses it
     index: UInt64[np.ndarray, "chunk 2"] = np.frombuffer(data, "<u8").reshape(chunks, 2)
     lengths = index[(index != MISSING).any(axis=1), 1]

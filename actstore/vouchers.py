@@ -3,16 +3,18 @@
 The only place that knows which markers speak for which rows: of several generations, each speaks for what it added.
 """
 
+import contextlib
 import functools
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 from actstore.errors import CorruptStoreError
 from actstore.generations import added_sites, first_layer
 from actstore.kvstore import Root
 from actstore.layout import norm_name
-from actstore.ledger import lineage, marker_key, read_marker, read_status
+from actstore.ledger import lineage, marker_key, parsed_marker, read_marker, read_status
 from actstore.schema import Marker, Plan
 
 KEPT_BYTES = 64 << 20  # of digests: 290 blocks of 4 sites with 24 layers, all of most stores
@@ -56,6 +58,29 @@ class Vouchers:
         """A copy, in another process too, begins with nothing kept."""
         return functools.partial(Vouchers, only=self._only), (self._root, self._plan)
 
+    @functools.cached_property
+    def origin(self) -> str:
+        """Fingerprint of the plan that the store began with: what is appended leaves it as it is."""
+        return self._lineage[0].fingerprint
+
+    def prepare(self, blocks: Iterable[int]) -> None:
+        """Reads the markers of some blocks of a remote store together, which is faster than one after the other.
+
+        What cannot be read is left to `pieces`, which says what is wrong.
+        """
+        if self._root.is_local:
+            return
+        with self._lock:
+            wanted = [(block, plan) for block in blocks if block not in self._kept for plan in self._lineage]
+        wanted = [(block, plan) for block, plan in wanted if block in plan.blocks]
+        found: dict[int, _Block] = {}
+        with contextlib.suppress(CorruptStoreError):
+            markers = self._root.read_all(marker_key(block, plan.generation) for block, plan in wanted)
+            for (block, plan), data in zip(wanted, markers, strict=True):
+                marker = parsed_marker(self._root, plan, block, data)
+                found.setdefault(block, []).append(self._digests(plan, marker))
+            self._keep(found)
+
     def pieces(self, array: str, layer: int, start: int, stop: int) -> list[Piece]:
         """The digests of the rows of one chunk, samples `start` to `stop - 1`, ascending.
 
@@ -96,13 +121,22 @@ class Vouchers:
                 self._kept.move_to_end(block)
                 return found
         found = self._read(block)  # not under the lock: two threads may read the same marker, which does no harm
+        self._keep({block: found})
+        return found
+
+    def _keep(self, found: dict[int, _Block]) -> None:
         with self._lock:
-            if block not in self._kept:
-                self._kept[block] = found
-                self._kept_bytes += _size(found)
+            for block, digests in found.items():
+                if block not in self._kept:
+                    self._kept[block] = digests
+                    self._kept_bytes += _size(digests)
             while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
                 self._kept_bytes -= _size(self._kept.popitem(last=False)[1])
-        return found
+
+    def _digests(self, plan: Plan, marker: Marker) -> _Digests:
+        of = _digests(plan, marker)
+        kept = {self._only} & of.keys() if self._only else of.keys()
+        return _Digests(*marker.samples, {key: of[key] for key in kept})
 
     def _read(self, block: int) -> _Block:
         """What the markers of one block say, oldest generation first."""
@@ -110,9 +144,7 @@ class Vouchers:
         for plan in self._lineage:
             marker = self._marker(plan, block) if block in plan.blocks else None
             if marker is not None:
-                of = _digests(plan, marker)
-                kept = {self._only} & of.keys() if self._only else of.keys()
-                found.append(_Digests(*marker.samples, {key: of[key] for key in kept}))
+                found.append(self._digests(plan, marker))
         return found
 
     def _marker(self, plan: Plan, block: int) -> Marker | None:

@@ -6,6 +6,7 @@ nobody else asks which it is, but for the paths that read files where they lie (
 """
 
 from actstore.kvstore.addresses import SUFFIX
+from actstore.kvstore.cache import DEFAULT_BYTES, Cache
 from actstore.kvstore.failures import storage_errors
 from actstore.kvstore.forks import forked, refuse_fork
 from actstore.kvstore.limits import Limits
@@ -13,4 +14,15 @@ from actstore.kvstore.local import kind_of
 from actstore.kvstore.root import Root
 from actstore.kvstore.waiting import Operation
 
-__all__ = ["SUFFIX", "Limits", "Operation", "Root", "forked", "kind_of", "refuse_fork", "storage_errors"]
+__all__ = [
+    "DEFAULT_BYTES",
+    "SUFFIX",
+    "Cache",
+    "Limits",
+    "Operation",
+    "Root",
+    "forked",
+    "kind_of",
+    "refuse_fork",
+    "storage_errors",
+]

@@ -2,7 +2,7 @@
 
 import abc
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import tensorstore as ts
@@ -30,6 +30,10 @@ class Place(abc.ABC):
     def name(self) -> str:
         """Name of the store."""
         return store_name(self.url)
+
+    def settings(self) -> dict[str, tuple[str, str]]:
+        """What bounds the storage: value and meaning by the variable that sets it."""
+        return {}
 
     @functools.cached_property
     def kv(self) -> Any:
@@ -71,6 +75,11 @@ class Place(abc.ABC):
         Raises:
             CorruptStoreError: says which.
         """
+
+    def look_all(self, keys: Sequence[str], most_bytes: int) -> None:
+        """The same for several objects."""
+        for key in keys:
+            self.look(key, most_bytes)
 
     @abc.abstractmethod
     def digest(self, key: str, *, most_bytes: int) -> str | None:

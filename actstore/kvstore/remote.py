@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tensorstore as ts
@@ -40,6 +40,10 @@ class RemotePlace(Place):
         """The way of that process."""
         self.__init__(**state)  # type: ignore[misc]  # as a copy is made
 
+    def settings(self) -> dict[str, tuple[str, str]]:
+        """Time, retries, requests at once."""
+        return self.limits.described()
+
     @functools.cached_property
     def context(self) -> Any:
         """Connections and retries: of the whole process, so that its stores share them."""
@@ -56,16 +60,19 @@ class RemotePlace(Place):
 
     def look(self, key: str, most_bytes: int) -> None:
         """Refuses an object that is too large. One small request: for the byte that would be too much."""
+        self.look_all([key], most_bytes)
 
-        def start(kv: Any) -> Any:
-            return kv.read(key, byte_range=slice(most_bytes, most_bytes + 1))
-
-        try:
-            found = self.begin(f"look at {key}", start).result()
-        except CorruptStoreError:  # it ends before
-            return
-        if found.state == "value":
-            raise too_large(f"{self.url}/{key}", f"more than {most_bytes:,}", most_bytes)
+    def look_all(self, keys: Sequence[str], most_bytes: int) -> None:
+        """The same for several objects at once."""
+        span = slice(most_bytes, most_bytes + 1)
+        looks = [(key, self.begin(f"look at {key}", functools.partial(_read, key=key, span=span))) for key in keys]
+        for key, looking in looks:
+            try:
+                found = looking.result()
+            except CorruptStoreError:  # it ends before
+                continue
+            if found.state == "value":
+                raise too_large(f"{self.url}/{key}", f"more than {most_bytes:,}", most_bytes)
 
     def digest(self, key: str, *, most_bytes: int) -> str | None:
         """SHA-256 of the object under `key`, or None. Costs memory for all of it."""
@@ -80,7 +87,7 @@ class RemotePlace(Place):
 
     def exists(self, key: str) -> bool:
         """Whether there is an object under `key`. One small request."""
-        start = lambda kv: kv.read(key, byte_range=slice(0, 0))  # noqa: E731
+        start = functools.partial(_read, key=key, span=slice(0, 0))
         return bool(self.begin(f"look for {key}", start, sound=unanswered).result().state == "value")
 
     def write_pieces(self, key: str, pieces: Iterable[memoryview]) -> None:
@@ -145,6 +152,10 @@ def unanswered(found: Any) -> str | None:
 def unwritten(stamp: Any) -> str | None:
     """What is wrong with the answer to a write without conditions: TensorStore calls a 412 no error."""
     return None if stamp.generation else "the write was refused by a condition that was not set"
+
+
+def _read(kv: Any, *, key: str, span: slice) -> Any:
+    return kv.read(key, byte_range=span)
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,6 +11,7 @@ import tensorstore as ts
 
 from actstore.errors import InputError, StorageError
 from actstore.kvstore.addresses import SUFFIX, parse
+from actstore.kvstore.cache import Cache
 from actstore.kvstore.forks import refuse_fork
 from actstore.kvstore.limits import Limits
 from actstore.kvstore.local import LocalPlace
@@ -29,17 +30,30 @@ class Root:
 
     url: str
     place: Place = dataclasses.field(repr=False, compare=False)
+    cache: Cache | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Where chunks are kept that were read of a remote store and compared."""
 
     @classmethod
-    def of(cls, url: str | os.PathLike[str]) -> "Root":
+    def of(cls, url: str | os.PathLike[str], *, cache: Cache | None = None) -> "Root":
         """The root at a local path or a URL: `file://`, `gs://`, `s3://`, `http://`, `https://`, `memory://`.
 
+        Args:
+            url: where it is.
+            cache: for a remote store; None is the one that `ACTSTORE_CACHE` names, or none.
+
         Raises:
-            InputError: it is none, or holds what could lead elsewhere; or `ACTSTORE_` variables that are no numbers.
+            InputError: it is none, or holds what could lead elsewhere; a cache for a local store; or `ACTSTORE_`
+                variables that cannot be.
         """
         found, limits = parse(os.fspath(url)), Limits.of(os.environ)
-        place: Place = LocalPlace(found, limits) if isinstance(found, str) else RemotePlace(found, limits)
-        return cls(place.url, place)
+        if isinstance(found, str):
+            local = LocalPlace(found, limits)
+            if cache is not None:
+                raise InputError(
+                    f"{local.url} is local; expected a remote store to keep chunks of: leave the cache out"
+                )
+            return cls(local.url, local)
+        return cls(found.url, RemotePlace(found, limits), cache or Cache.of(os.environ))
 
     @property
     def is_local(self) -> bool:
@@ -58,6 +72,10 @@ class Root:
         """Whether shards are written piece by piece; otherwise one is in memory once more while it is written."""
         return self.place.streams
 
+    def settings(self) -> dict[str, tuple[str, str]]:
+        """What bounds its storage, by the environment variables that set it: value and meaning; nothing secret."""
+        return self.place.settings() | ({} if self.cache is None else self.cache.settings())
+
     def read(self, key: str, *, most_bytes: int = MAX_OBJECT_BYTES) -> bytes | None:
         """The object under `key`, or None. One small request, and of remote storage another for its size.
 
@@ -71,15 +89,26 @@ class Root:
         """The objects under many keys, in their order; None for one that is not there. 64 are under way at once.
 
         Raises:
-            CorruptStoreError: a local one is larger than 16 MiB, or is no file; nothing of it was read.
+            CorruptStoreError: one is larger than 16 MiB, or is no file; nothing of it was read.
         """
         remaining = iter(keys)
         while group := list(itertools.islice(remaining, READS_AT_ONCE)):
-            if self.is_local:  # elsewhere it would be as many requests again
-                for key in group:
-                    self._look(key, MAX_OBJECT_BYTES)
+            self.place.look_all(group, MAX_OBJECT_BYTES)
             for reading in [self._reading(key) for key in group]:
                 yield self._value(reading.result())
+
+    def begin_range(self, doing: str, key: str, span: slice) -> Operation[Any]:
+        """Begins to read a part of an object that has it: its `value` are bytes, its `state` is `missing` without it.
+
+        Args:
+            doing: what it is, for messages: `read resid_post, layer 3 of s3://...`.
+            key: of the object.
+            span: of its bytes; from its end, if it begins below zero.
+        """
+        size = max((span.stop or 0) - (span.start or 0), 0)
+        refuse_fork()
+        kv = self.place.kv
+        return Operation(doing, lambda: kv.read(key, byte_range=span), self.place.patience(size), sound=unanswered)
 
     def digest(self, key: str, *, most_bytes: int) -> str | None:
         """SHA-256 of the object under `key`, or None. Costs reading it: in pieces if it is local.
@@ -236,6 +265,14 @@ class Root:
     def refuse_link(self, key: str) -> None:
         """Refuses to write where the lock file is a link: TensorStore would write to the file that it leads to."""
         self.place.refuse_link(key)
+
+    def look(self, key: str, most_bytes: int) -> None:
+        """Refuses an object of more than `most_bytes` before it is read. Costs a look at a file, or a small request.
+
+        Raises:
+            CorruptStoreError: it has more, or is no file.
+        """
+        self._look(key, most_bytes)
 
     def _look(self, key: str, most_bytes: int) -> None:
         """Refuses an object that is too large, or on which reading would wait for ever."""
