@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from actstore.errors import CorruptStoreError
+from actstore.errors import CorruptStoreError, StoragePermissionError
 from actstore.kvstore import Root
 from actstore.ledger import key_in, window_folder
 from actstore.schema import FORMAT, Plan, StoredDocument
@@ -118,9 +118,13 @@ class Claims:
         return {block: claim for block, claim in found.items() if claim is not None}
 
     def clear(self) -> None:
-        """Removes all claims, of a store that is complete, and what workers left that died while they took one."""
-        for key in self._root.keys(self._folder):
-            self._root.delete(key)
+        """Removes all claims, of a store that is complete, and what workers left that died while they took one.
+
+        Where this worker may not delete, they stay: nobody asks for them any more.
+        """
+        with contextlib.suppress(StoragePermissionError):
+            for key in self._root.keys(self._folder):
+                self._root.delete(key)
         for key, held in self._root.lock_files(self._folder):
             if not held:
                 self._root.remove_lock_file(key)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from actstore.errors import CorruptStoreError
 from actstore.kvstore import Operation, Root
 from actstore.layout import Layout
 from actstore.metadata import shard_key
@@ -96,7 +97,7 @@ class Reading:
         values: Shaped[np.ndarray, "sample *stored"],
         digests: list[str],
     ) -> None:
-        self._rows, self._layer, self._start = rows, layer, start
+        self._rows, self._doing, self._layer, self._start = rows, doing, layer, start
         self._bytes: UInt8[np.ndarray, " byte"] = values.view(np.uint8).reshape(-1)
         self._digests = digests
         cache, size = rows.root.cache, rows.chunk_bytes
@@ -112,11 +113,15 @@ class Reading:
         """Waits until all rows are in the array.
 
         Raises:
-            StoreError: they cannot be read.
+            CorruptStoreError: the object is missing or too short.
+            StorageError: the storage failed.
         """
         rows = self._rows
         for run in self._runs:
-            data: UInt8[np.ndarray, " byte"] = np.frombuffer(run.fetching.result().value, np.uint8)
+            found = run.fetching.result()
+            if found.state != "value":
+                raise CorruptStoreError(f"{self._doing}: missing object")
+            data: UInt8[np.ndarray, " byte"] = np.frombuffer(found.value, np.uint8)
             stride = rows.chunk_bytes + rows.checksum_bytes
             for number in range(run.first, run.stop):
                 target = self._bytes[number * rows.chunk_bytes : (number + 1) * rows.chunk_bytes]

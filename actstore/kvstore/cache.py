@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import xxhash
@@ -73,7 +72,7 @@ class Cache:
         self._lock, self._state = threading.Lock(), _State()
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> Self | None:
+    def of(cls, environ: Mapping[str, str]) -> "Cache | None":
         """The cache that `ACTSTORE_CACHE` names, of at most `ACTSTORE_CACHE_BYTES`; None where none is named.
 
         Raises:

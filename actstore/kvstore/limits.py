@@ -6,7 +6,6 @@ They are no part of a plan and of no store: the same store is read here through 
 import dataclasses
 import math
 from collections.abc import Mapping, MutableMapping
-from typing import Self
 
 from actstore.errors import InputError
 
@@ -31,7 +30,7 @@ class Limits:
     requests_at_once: int = 32
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> Self:
+    def of(cls, environ: Mapping[str, str]) -> "Limits":
         """The bounds that the environment sets; others are the defaults.
 
         Raises:
