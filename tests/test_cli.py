@@ -62,8 +62,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 COMMANDS = [
-    "info", "head", "verify", "repair", "abandon", "gc", "watch", "bench", "plan", "extract", "append", "generate",
-    "demo", "arc",
+    "info", "head", "verify", "repair", "abandon", "gc", "watch", "copy", "bench", "plan", "extract", "append",
+    "generate", "demo", "arc",
 ]  # fmt: skip
 WITHIN = {"arc": ["transform", "prompts", "score"]}
 WHOLE = [f"{name} {part}".strip() for name in COMMANDS for part in WITHIN.get(name, [""])]
