@@ -41,8 +41,8 @@ RULES = [
     ),
     Rule("hang", probability=SELDOM),
     Rule("slow drip", probability=SELDOM),
-    Rule("bit flip", frozenset({"read"}), key="/c/", probability=OFTEN),  # not in a marker: see test_bucket_faults
-    Rule("short body", frozenset({"read"}), key="/c/", probability=OFTEN),
+    Rule("bit flip", frozenset({"read"}), key="/c/", probability=SELDOM),  # not in a marker: see test_bucket_faults
+    Rule("short body", frozenset({"read"}), key="/c/", probability=SELDOM),
 ]
 
 
@@ -141,11 +141,11 @@ def main() -> None:
     figures = soak(SERVERS, options.seconds, options.seed)
     requests, faulted = (sum(getattr(each, what) for each in figures.values()) for what in ("requests", "faulted"))
     total = {"seconds": round(time.monotonic() - begun), "requests": requests, "faulted": round(faulted / requests, 3)}
-    print(
-        json.dumps(
-            {**total, "seed": options.seed, **{name: dataclasses.asdict(each) for name, each in figures.items()}}
-        )
-    )
+    each = {
+        name: {**vars(found), "errors": dict(found.errors), "faults": dict(found.faults)}
+        for name, found in figures.items()
+    }
+    print(json.dumps({**total, "seed": options.seed, **each}))
 
 
 if __name__ == "__main__":
