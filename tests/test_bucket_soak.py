@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from bucket_processes import LAYOUT, QUICK, Processes
-from bucket_soak import SERVERS, BucketSoak
+from bucket_soak import RULES, SERVERS, BucketSoak
 from fault_proxy import FaultProxy, Rule
 from kill_points import unchecked
 from servers.everywhere import Started
@@ -35,10 +35,10 @@ def server(
 
 
 def test_nothing_is_lost_in_a_few_seconds(server: Server, processes: Processes, tmp_path: Path) -> None:
-    figures = BucketSoak(server, processes, tmp_path, seed=2).run(5)
+    figures = BucketSoak(server, processes, tmp_path, seed=2, rules=RULES[::2]).run(1)
     print(figures)
     assert figures.stores >= 1
-    assert figures.faulted >= 0.1 * figures.requests > 10
+    assert figures.faulted >= 0.08 * figures.requests > 10
     assert figures.runs >= 3 * figures.stores
 
 
@@ -53,12 +53,12 @@ def test_meta_what_is_torn_would_be_seen(server: Server, processes: Processes, t
 
 
 def test_the_others_finish_while_one_is_cut_off_and_a_rerun_completes(server: Server, processes: Processes) -> None:
-    key = "cut-off/run.acts.zarr"
+    key, environ = "cut-off/run.acts.zarr", QUICK | {"ACTSTORE_DEADLINE_SECONDS": "4"}
     with ExitStack() as stack:
         proxies = [stack.enter_context(FaultProxy(server.endpoint)) for _ in range(LAYOUT.blocks)]
         proxies[1].rules = [Rule("hang", key="/c/")]  # it has seen the plan, and no shard of it arrives
         started = [
-            processes.start(server.through(proxy.endpoint), "write", key, blocks=[block], seal=False)
+            processes.start(server.through(proxy.endpoint), "write", key, environ=environ, blocks=[block], seal=False)
             for block, proxy in enumerate(proxies)
         ]
         outcomes = [processes.wait(process) for process in started]
