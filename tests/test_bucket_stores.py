@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 from bucket_processes import LAYOUT, Processes, as_files, small_contents, stored, values
 from kill_points import check_kept
 from servers.everywhere import SERVERS, Started
@@ -61,6 +62,7 @@ def test_four_writers_of_which_one_is_killed_leave_what_every_reader_reads(
     assert found == whole
     assert processes.value(server, "read", key) == "right"
     check_readers(server, key)
+    check_copies(server, key, tmp_path, whole)
 
 
 def test_a_plain_web_server_is_enough_to_read(tmp_path: Path, processes: Processes) -> None:
@@ -89,3 +91,19 @@ def check_readers(server: Server, key: str) -> None:
         assert raw[name].values.tobytes() == expected.tobytes()
         assert np.array_equal(decoded[name].values, expected.astype(decoded[name].dtype))
     assert raw.final_norm.isel(sample=[7, 2, 14]).values.tobytes() == rows[[7, 2, 14]].tobytes()
+    plain = zarr.open_group(actstore.zarr_store(url), mode="r")
+    for name, expected in {**contents.rows, **contents.columns}.items():
+        found = plain[name][...]
+        assert found.dtype == expected.dtype
+        assert found.tobytes() == expected.tobytes()
+    for name, expected in contents.columns.items():
+        assert np.array_equal(xr.open_zarr(actstore.zarr_store(url))[name].values, expected)
+
+
+def check_copies(server: Server, key: str, folder: Path, whole: dict[str, bytes]) -> None:
+    """To a folder and from there to another key: the same bytes."""
+    near, far = folder / "copied.acts.zarr", f"copied/{Path(key).name}"
+    actstore.copy(server.url(key), near)
+    assert tree(near) == whole
+    actstore.copy(near, server.url(far))
+    assert {name: data for name, data in stored(server, far).items() if "/probes/" not in name} == whole
