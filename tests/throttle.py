@@ -55,9 +55,15 @@ class Throttle:
         with contextlib.suppress(OSError):  # closed
             while True:
                 client, _ = self._server.accept()
-                server = socket.create_connection(self._upstream)
-                for source, target, slow in ((client, server, True), (server, client, False)):
-                    threading.Thread(target=self._pass, args=(source, target, slow), daemon=True).start()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        """Passes bytes on both ways until both sides have ended."""
+        with client, socket.create_connection(self._upstream) as server:
+            down = threading.Thread(target=self._pass, args=(server, client, False), daemon=True)
+            down.start()
+            self._pass(client, server, True)
+            down.join()
 
     def _pass(self, source: socket.socket, target: socket.socket, slow: bool) -> None:
         """Passes on what comes from one side until that ends."""

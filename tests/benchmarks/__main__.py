@@ -10,7 +10,19 @@ import platform
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks import buckets, capture, extraction, growth, loading, notebooks, reading, scale, scaling, writing
+from tests.benchmarks import (
+    buckets,
+    capture,
+    extraction,
+    growth,
+    loading,
+    notebooks,
+    reading,
+    scale,
+    scaling,
+    slow_storage,
+    writing,
+)
 
 
 def main() -> None:
@@ -37,6 +49,7 @@ def main() -> None:
         figures |= capture.measure(Path(name), model=options.model, repeats=options.repeats)
         figures |= extraction.measure(Path(name), model=options.model, repeats=options.repeats)
         figures |= scaling.measure(Path(name), model=options.model, repeats=options.repeats)
+        figures |= slow_storage.measure(Path(name))
     print(json.dumps(figures))
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where the servers of the t
 from servers.strict_gcs import strict_gcs
 from throttle import Throttle
 
-DOCUMENTS, BLOCK_SAMPLES = 40, 2048
+DOCUMENTS, BLOCK_SAMPLES = 40, 2048  # shards of half a megabyte: of more than one, libcurl asks the server first
 SITES = ("resid_post", "resid_mid", "attn_out", "mlp_out")
 FAST = 1e10
 SHARE = 0.3  # of the speed that the run has with fast storage
@@ -35,7 +35,7 @@ def measure(folder: Path, *, model: str = "tiny-qwen2") -> dict[str, object]:
         "limit": round(limit), "sent": round(sent), "share_of_limit": round(sent / limit, 4),
         "waiting_for_storage": round(slow["share_for_storage"], 3), "limited_by": slow["limit"],
         "memory": slow["peak"], "announced": slow["announced"], "fast": round(fast["bytes_per_second"]),
-        "memory_fast": fast["peak"],
+        "memory_fast": fast["peak"], "written": slow["written"],
     }  # fmt: skip
     print(f"slow storage   limit {limit / 1e6:,.1f} MB/s, sent {sent / 1e6:,.1f} MB/s, {sent / limit:.1%} of it; "
           f"{slow['share_for_storage']:.0%} of the time waiting for it")  # fmt: skip
@@ -67,27 +67,29 @@ def _work(url: str, model: str) -> dict[str, Any]:
 
     def plan_of(limit: int) -> Any:
         documents = extract.open_documents("python-docs", limit=limit)
-        settings: dict[str, Any] = {"context": 128, "dtype": "float32", "block_samples": BLOCK_SAMPLES}
+        settings: dict[str, Any] = {"context": 128, "block_samples": BLOCK_SAMPLES}
         return extract.make_plan(folder, documents, sites=SITES, layers=[0, 1, 2, 3], model=loaded, **settings)
 
     folder = model_folder(model)
     loaded = extract.load_model(folder)
     extract.run(plan_of(2), url.replace(".acts.zarr", "-first.acts.zarr"))
     plan = plan_of(DOCUMENTS)
-    begun: list[float] = []
+    moments: dict[str, float] = {}
 
     def note(state: Progress) -> None:
-        if state.samples_computed and not begun:
-            begun.append(time.monotonic())
+        if state.samples_computed:
+            moments.setdefault("began", time.monotonic())
+        if state.blocks_committed == state.blocks:
+            moments.setdefault("ended", time.monotonic())  # before it seals, which sends next to nothing
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: man 5 proc
     before = _status("VmRSS")
     state = extract.run(plan, url, progress=note)
-    ended = time.monotonic()
-    return {
-        "began": begun[0], "ended": ended, "bytes_per_second": state.bytes_written / (ended - begun[0]),
-        "share_for_storage": state.share_for_storage, "limit": state.limit, "peak": _status("VmHWM") - before,
-        "announced": plan.store.layout.memory_bytes,
+    return moments | {
+        "bytes_per_second": state.bytes_written / (moments["ended"] - moments["began"]), "limit": state.limit,
+        "share_for_storage": state.share_for_storage, "peak": _status("VmHWM") - before,
+        "announced": sum(plan.as_json()["memory"][name] for name in ("blocks", "sending")),
+        "written": state.bytes_written,
     }  # fmt: skip
 
 
