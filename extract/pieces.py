@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64, UInt8
+from jaxtyping import Int, Int32, Int64, UInt8
 
 
 def byte_level(known: dict[str, Any]) -> bool:
@@ -60,16 +60,14 @@ def whole_characters(
     raw: UInt8[np.ndarray, " byte"], start: Int[np.ndarray, " token"], end: Int[np.ndarray, " token"]
 ) -> tuple[Int[np.ndarray, " token"], Int[np.ndarray, " token"]]:
     """Spans of tokens in UTF-8, widened to the characters that they hold a part of."""
-    begins: Bool[np.ndarray, " byte"] = (raw & 0xC0) != 0x80
-    if begins.all():
-        return start, end
-    edges = np.append(np.flatnonzero(begins), len(raw))
-    torn = np.append(~begins, False)
+    inside = np.zeros(len(raw) + 1, bool)  # of a character, behind its first byte; one more, where the text ends
+    np.equal(raw & 0xC0, 0x80, out=inside[:-1])
     start, end = start.copy(), end.copy()
-    inside = torn[start]
-    start[inside] = edges[np.searchsorted(edges, start[inside]) - 1]
-    inside = torn[end]
-    end[inside] = edges[np.searchsorted(edges, end[inside])]
+    for places, step in ((start, -1), (end, 1)):
+        torn = np.flatnonzero(inside[places])
+        while len(torn):  # three times at most
+            places[torn] += step
+            torn = torn[inside[places[torn]]]
     return start, end
 
 
