@@ -20,8 +20,9 @@ from extract.tokens import Encoded, Tokenizer, begin_encoding, encode, prepare
 if TYPE_CHECKING:
     import tokenizers
 
-_DOCUMENTS_AT_ONCE = 2048  # so that the tokenizer's threads seldom wait for the last of them
-_CHARACTERS_AT_ONCE = 1 << 20  # of those: the library takes about 60 bytes for each until its tokens are kept
+_PARTS_AT_ONCE = 2  # so that the tokenizer's threads have work while the last of one part are awaited
+_DOCUMENTS_AT_ONCE = 2048
+_CHARACTERS_AT_ONCE = 1 << 18  # of a part: the library takes about 60 bytes for each until its tokens are kept
 _HASHED_AT_ONCE = 16 << 20
 
 Progress = Callable[[int, int | None], None]
@@ -101,13 +102,13 @@ def _prepared(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[D
 def _ahead(
     parts: Iterable[list[Document]], tokenizer: Tokenizer, *, passed_over: int
 ) -> "Iterator[tuple[list[Document], Future[list[tokenizers.Encoding]] | None]]":
-    """Each part with its tokens, which the next part's are made beside; None for documents to pass over."""
-    with ThreadPoolExecutor(1) as pool:
+    """Each part with its tokens, which the next parts' are made beside; None for documents to pass over."""
+    with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
         waiting: deque[Any] = deque()
         for part in parts:
             passed_over -= len(part)
             waiting.append((part, pool.submit(begin_encoding, part, tokenizer) if passed_over < 0 else None))
-            if len(waiting) > 1:
+            if len(waiting) > _PARTS_AT_ONCE:
                 yield waiting.popleft()
         yield from waiting
 
