@@ -63,12 +63,14 @@ def requests(plan: Plan, *, remote: bool) -> Requests:
     pages = _pages(len(plan.blocks)) if remote else 1
     probes = 4 if remote else 0  # an object is written and removed again, to see that it can be, twice
     share = 2 if remote else 1  # windows of a worker's share
-    nodes, assets = _nodes(plan), len(plan.assets)
-    worker = probes + 3 * read + (1 + assets + nodes) * read + pages + share + _labels(plan)
-    shards = sum(_pages(len(plan.blocks) * site.rows_per_sample) if remote else 1 for site in added_sites(plan))
-    created = (1 + assets + nodes) * (create - read)
+    nodes, groups, assets = _nodes(plan), len(table_groups(plan)), len(plan.assets)
+    begun = nodes if plan.base is None else 0  # those of an addition are written when it is sealed
+    worker = probes + 3 * read + (1 + assets + begun) * read + pages + share + _labels(plan)
+    created = create * max(begun - groups, 0) + (create - read) * (1 + assets + (groups if begun else 0))
     documents = 0 if plan.documents is None else _document_chunks(plan) + MARKER + 3 * read
-    sealing = len(plan.blocks) + 2 * pages + shards + nodes + _papers(plan) + create + 4 * read + 2
+    shards = sum(_pages(len(plan.blocks) * site.rows_per_sample) if remote else 1 for site in added_sites(plan))
+    papers = 3  # manifest, ranges and seal
+    sealing = len(plan.blocks) + 2 * pages + shards + nodes - groups + papers + create + 4 * read + 2
     return Requests(block, worker, created + documents + sealing)
 
 
