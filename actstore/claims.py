@@ -7,7 +7,6 @@ write the same bytes.
 
 import contextlib
 import os
-import re
 import secrets
 import socket
 import threading
@@ -19,11 +18,10 @@ import pydantic
 
 from actstore.errors import CorruptStoreError, StoragePermissionError
 from actstore.kvstore import Root
-from actstore.ledger import key_in, window_folder
+from actstore.ledger import key_in, numbered, window_folder
 from actstore.schema import FORMAT, Plan, StoredDocument
 
 CLAIM_FOLDER = ".act/claims/"
-_CLAIM_NAME = re.compile(r"[0-9]{8}\.json")
 
 
 class Claim(StoredDocument):
@@ -99,7 +97,7 @@ class Claims:
 
     def claimed(self, window: int) -> set[int]:
         """The blocks of a window of `actstore.ledger` that somebody has claimed, for long or not. One small listing."""
-        return self._blocks(self._root.keys(window_folder(self._folder, window)))
+        return numbered(self._root.keys(window_folder(self._folder, window)), self._folder)
 
     def over(self, blocks: Iterable[int], *, patience: float, most: float | None = None) -> list[int]:
         """Those of some claimed blocks that this worker may take over, or whose claim is gone. One read for each.
@@ -114,7 +112,7 @@ class Claims:
 
     def read(self) -> dict[int, Claim]:
         """All claims on blocks that can be read. One listing, and one read for each."""
-        found = self._read(sorted(self._blocks(self._root.keys(self._folder))))
+        found = self._read(sorted(numbered(self._root.keys(self._folder), self._folder)))
         return {block: claim for block, claim in found.items() if claim is not None}
 
     def clear(self) -> None:
@@ -132,10 +130,6 @@ class Claims:
     def _read(self, blocks: list[int]) -> dict[int, Claim | None]:
         found = map(self._parsed, self._root.read_all(map(self._key, blocks)))
         return dict(zip(blocks, found, strict=True))
-
-    def _blocks(self, keys: Iterable[str]) -> set[int]:
-        names = (key.removeprefix(self._folder) for key in keys)
-        return {int(name[:8]) for name in names if _CLAIM_NAME.fullmatch(name)}
 
     def _key(self, work: int | Literal["seal"]) -> str:
         return f"{self._folder}{work if work == 'seal' else format(work, '08d')}.json"

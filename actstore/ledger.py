@@ -11,7 +11,6 @@ of its own. The root group says which generation is complete; until the next one
 import contextlib
 import hashlib
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -53,7 +52,7 @@ RANGES_KEY = ".act/ranges.json"
 SEAL_KEY = ".act/SEALED.json"
 WINDOW_BLOCKS = 1000
 """Blocks whose names begin with the same five digits: as many as a bucket lists in one answer."""
-_MARKER_NAME = re.compile(r"[0-9]{8}\.json")
+BLOCK_DIGITS = 8
 
 
 def key_in(generation: int, key: str) -> str:
@@ -269,8 +268,17 @@ def committed_blocks(root: Root, plan: Plan, *, windows: Iterable[int] | None = 
     """
     folder = key_in(plan.generation, MARKER_FOLDER)
     prefixes = [folder] if windows is None else [window_folder(folder, window) for window in windows]
-    names = (key.removeprefix(folder) for key in root.keys(*prefixes))
-    return {int(name[:8]) for name in names if _MARKER_NAME.fullmatch(name)}
+    return numbered(root.keys(*prefixes), folder)
+
+
+def numbered(keys: Iterable[str], folder: str) -> set[int]:
+    """Numbers of the blocks whose objects, such as `00000042.json`, lie in a folder; other keys are passed over."""
+    first, last = len(folder), len(folder) + BLOCK_DIGITS
+    return {
+        int(key[first:last])
+        for key in keys
+        if len(key) == last + 5 and key.endswith(".json") and key[first:last].isdecimal() and key.isascii()
+    }
 
 
 def has_marker(root: Root, plan: Plan, block: int) -> bool:

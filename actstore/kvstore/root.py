@@ -197,7 +197,8 @@ class Root:
                 f"{self.url} is on a web server, which cannot be listed, and this needs a list of what is there; copy "
                 "the store with `actstore copy`, or open it in its bucket"
             ) from None
-        return sorted(key for key in (key.decode(errors="replace") for key in listed) if key.startswith(prefixes))
+        keys = sorted([key.decode(errors="replace") for key in listed])
+        return keys if len(prefixes) == 1 else [key for key in keys if key.startswith(prefixes)]
 
     def lock_files(self, folder: str = "") -> list[tuple[str, bool]]:
         """Keys of the lock files below the store or a folder of it, and whether a living writer holds each."""
