@@ -274,7 +274,7 @@ def speeds(
         if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", rate) or float(rate) == 0:
             raise InputError(f"--rate is {rate!r}; expected tokens in a second, such as 250000, or measure")
         tokens = float(rate)
-    size = None if bandwidth is None else bytes_of(bandwidth, "--bandwidth")
+    size = None if bandwidth is None else float(bytes_of(bandwidth, "--bandwidth"))
     return Speeds(hosts, tokens, size, measured=rate == "measure")
 
 

@@ -11,13 +11,16 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from kill_points import unchecked
+from test_docs import program
 from test_plan import TINY, model, plan
 
 import extract
 from actstore import kvstore
 from actstore.errors import InputError
 from actstore.kvstore import Root
+from actstore.kvstore.local import LocalPlace
 from actstore.schema import Plan
 from extract.cli import _refuse_more
 from extract.costs import Duration, Speeds, beside_bytes, human_seconds, requests
@@ -69,14 +72,14 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         real = module.ts
         keys = SimpleNamespace(open=opened(real.KvStore.open), KeyRange=real.KvStore.KeyRange)
         monkeypatch.setattr(module, "ts", SimpleNamespace(KvStore=keys, open=opened(real.open), Context=real.Context))
-    for name, kind in [("size", "look"), ("write_pieces", "write")]:
-        real_method = getattr(Root, name)
+    for name, kind in [("exists", "look"), ("write_pieces", "write")]:  # files, without TensorStore
+        real_method = getattr(LocalPlace, name)
 
-        def method(root: Root, *arguments: Any, real_method: Any = real_method, kind: str = kind) -> Any:
+        def method(place: LocalPlace, *arguments: Any, real_method: Any = real_method, kind: str = kind) -> Any:
             found[kind] += 1
-            return real_method(root, *arguments)
+            return real_method(place, *arguments)
 
-        monkeypatch.setattr(Root, name, method)
+        monkeypatch.setattr(LocalPlace, name, method)
     with unchecked():
         yield found
     assert found, "nothing was counted"
@@ -90,24 +93,26 @@ def files(url: Path) -> list[Path]:
     return [path for path in url.rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("place", ["folder", "bucket"])
 @pytest.mark.parametrize("sites", [["resid_post"], ["mlp_out", "final_norm"]], ids=["layers", "no layers"])
 def test_objects_and_requests_are_those_of_a_run(
-    model: Model, tmp_path: Path, counts: Counter[str], sites: list[str]
+    model: Model, tmp_path: Path, counts: Counter[str], sites: list[str], place: str
 ) -> None:
-    found = {}
-    for blocks, size in [("many", 64), ("few", 512)]:
+    found, folder = {}, str(tmp_path) if place == "folder" else f"memory://costs/{'-'.join(sites)}"
+    for blocks, size in [("many", 128), ("few", 512)]:
         decided = made(model, sites=sites, block_samples=size)
         counts.clear()
-        extract.run(decided, str(tmp_path / f"{blocks}.acts.zarr"))
+        url = f"{folder}/{blocks}.acts.zarr"
+        extract.run(decided, url)
         numbers = decided.as_json()
-        said = numbers["requests"]["folder"]
+        said = numbers["requests"][place]
         total = sum(counts.values())
         print(said, total, counts)
-        assert len(files(tmp_path / f"{blocks}.acts.zarr")) == numbers["objects"]
+        assert len(Root.of(url).keys("")) == numbers["objects"]
         assert total == pytest.approx(said["total"], rel=0.02)
         found[blocks] = (len(decided.store.blocks), total, said["block"])
     (many, asked, block), (few, asked_few, _) = found["many"], found["few"]
-    assert many > 50 > 20 > few
+    assert many > 30 > 15 > few
     assert (asked - asked_few) / (many - few) == pytest.approx(block + 1, abs=0.15)  # and the marker when it is sealed
 
 
@@ -223,25 +228,23 @@ def test_more_bytes_than_were_allowed_are_refused(model: Model) -> None:
 COMMAND = ["--model", "tiny-qwen2", "--documents", "python-docs", "--limit", "4", "--layers", "1,3"]
 
 
-def program(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "actstore", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
-
-
-def test_plan_and_extract_refuse_before_anything_is_computed(tmp_path: Path) -> None:
-    shown = program("plan", *COMMAND, "--max-bytes", "1MB", "--hosts", "2", "--rate", "500", "--json", folder=tmp_path)
-    assert shown.returncode == 2
-    numbers = json.loads(shown.stdout)
+def test_plan_says_what_a_run_takes_and_refuses_it_then() -> None:
+    told = CliRunner().invoke(program(), ["plan", *COMMAND, "--hosts", "2", "--rate", "500", "--json", "--yes"])
+    numbers = json.loads(told.stdout)
+    assert (told.exit_code, numbers["time"]["hosts"], numbers["time"]["limit"]) == (0, 2, None)
     assert numbers["time"]["compute_seconds"] == numbers["tokens_computed"] / 1000
-    assert (numbers["time"]["hosts"], numbers["time"]["limit"]) == (2, None)
-    assert "--max-bytes is 1.0 MB" in shown.stderr
-    refused = program("extract", "x.acts.zarr", *COMMAND, "--max-bytes", "1MB", folder=tmp_path)
+    told = CliRunner().invoke(program(), ["plan", *COMMAND, "--bandwidth", "1MB", "--max-bytes", "1MB"])
+    assert re.search(r"^time +\d+ s of storage, on 1 host$", told.stdout, re.M)
+    said = r"^requests +[\d,]+ to a folder, \d+ a block; [\d,]+ to a bucket, \d+ a block$"
+    assert re.search(said, told.stdout, re.M)
+    assert isinstance(told.exception, InputError)
+    assert "--max-bytes is 1.0 MB" in str(told.exception)
+
+
+def test_extract_refuses_before_anything_is_computed(tmp_path: Path) -> None:
+    url = tmp_path / "x.acts.zarr"
+    command = [sys.executable, "-m", "actstore", "extract", url, *COMMAND, "--max-bytes", "1MB"]
+    refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert re.search(r"would write \d\.\d MB of activations, --max-bytes is 1\.0 MB", refused.stderr)
-    assert not (tmp_path / "x.acts.zarr").exists()
-    allowed = program("plan", *COMMAND, "--max-bytes", "1MB", "--yes", "--bandwidth", "1MB", folder=tmp_path)
-    assert allowed.returncode == 0
-    assert re.search(r"^time +\d+ s of storage, on 1 host$", allowed.stdout, re.M)
-    assert re.search(
-        r"^requests +[\d,]+ to a folder, \d+ a block; [\d,]+ to a bucket, \d+ a block$", allowed.stdout, re.M
-    )
+    assert not url.exists()
