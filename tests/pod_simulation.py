@@ -20,7 +20,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -419,6 +419,7 @@ class Run:
         with ExitStack() as stack:
             for place, name, value in [
                 (dealing, "time", times), (claims, "time", times), (claims, "socket", names),
+                (claims, "threading", SimpleNamespace(Lock=nullcontext)),  # greenlets do not wait for a real one
             ]:  # fmt: skip
                 stack.enter_context(mock.patch.object(place, name, value))
             yield
