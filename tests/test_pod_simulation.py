@@ -1,9 +1,11 @@
 """Runs on many hosts that die, over a fake clock: what is lost, how long it takes, and what the storage is asked."""
 
 import dataclasses
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
+from kill_points import unchecked
 from pod_simulation import Bucket, BucketRoot, Clock, Outcome, Scenario, costs, simulate
 
 from actstore.claims import CLAIM_FOLDER
@@ -20,8 +22,14 @@ SMALL = Scenario(
 QUIET = dataclasses.replace(SMALL, preemption_seconds=1e9)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with unchecked():
+        yield
+
+
 @pytest.fixture(scope="module")
-def quiet() -> Outcome:
+def quiet(quick: None) -> Outcome:
     return simulate(QUIET)
 
 
@@ -36,7 +44,7 @@ def test_hosts_that_die_lose_little_and_the_store_is_sealed() -> None:
     assert outcome.deaths > 20
     assert 0 < outcome.lost_share < 0.02
     assert outcome.twice <= outcome.deaths
-    assert outcome.seconds < 1.5 * ideal(SMALL)
+    assert outcome.seconds < 2 * ideal(SMALL)  # the last blocks of the dead are taken after a minute
     assert outcome.longest_resume < 10
 
 
@@ -86,8 +94,7 @@ def test_meta_workers_without_patience_would_be_seen() -> None:
     scenario = dataclasses.replace(SMALL, samples=500 * 1024)
     with mock.patch.object(Dealer, "_patience", 0.0):
         outcome = simulate(scenario)
-    assert outcome.twice > 5 + simulate(scenario).twice
-    assert outcome.lost_share > 0.05
+    assert outcome.lost_share > 0.05 > 3 * simulate(scenario).lost_share
 
 
 def test_one_host_alone_takes_over_a_claim_that_many_wait_for() -> None:
