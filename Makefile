@@ -8,7 +8,7 @@ DEMO ?= demo
 
 help:
 	@echo "make demo          text -> activations -> store -> trained SAE, on a real model"
-	@echo "make test          all tests"
+	@echo "make test          all tests but those of minutes, which are in make soak"
 	@echo "make lint          format, lint, types, import rules"
 	@echo "make docs          the documentation, into docs/_build/html"
 	@echo "make bench         benchmarks beside peers, one JSON line last: 4 GB of disk, and 3 GB of peers at first"
@@ -43,6 +43,7 @@ bench: $(VENV)/.bench
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --minutes 10 --seed 1
 	$(BIN)/python -m tests.bucket_soak --seconds 60 --seed 1
+	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.bucket_storm --kills 60
 
 docs: $(VENV)/.docs

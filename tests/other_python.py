@@ -49,7 +49,18 @@ def main() -> None:
         subprocess.run([*pip, f"{TOP}[arc,demo,dask,grain,parquet,qwen]", *TOOLS], check=True)
         subprocess.run([other, "-m", "pip", "list"], check=True)
         print("NOT REPEATED on this Python: tests marked slow, of the commit protocol, damage and hostile stores")
-        command = [other, "-m", "pytest", "--numprocesses", "2", "--dist", "loadfile", "-q", "-m", "not slow"]
+        command = [
+            other,
+            "-m",
+            "pytest",
+            "--numprocesses",
+            "2",
+            "--dist",
+            "loadfile",
+            "-q",
+            "-m",
+            "not slow and not long",
+        ]
         tests = subprocess.run(command, cwd=TOP)
         sys.exit(tests.returncode)
 

@@ -20,6 +20,8 @@ from servers.moto import REGION, guarded_moto
 from servers.server import Missing, Server
 from servers.strict_gcs import strict_gcs
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 KEY = "run.acts.zarr"
 LEAST = {"s3": ["s3:PutObject", "s3:GetObject", "s3:ListBucket"], "gs": frozenset({"put", "get", "list"})}
 READER = {"s3": ["s3:GetObject", "s3:ListBucket"], "gs": frozenset({"get", "list"})}

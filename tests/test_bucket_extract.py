@@ -19,6 +19,8 @@ from stores import tree
 
 import actstore
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 OPTIONS = [
     "--model", "tiny-qwen2", "--documents", "python-docs", "--limit", "12", "--layers", "1,3", "--context", "128",
     "--batch", "4", "--block-samples", "512",
@@ -63,7 +65,6 @@ def committed(server: Server, key: str) -> int:
     return sum(name.startswith(".act/commits/") for name in stored(server, key))
 
 
-@pytest.mark.slow
 def test_workers_write_into_a_bucket_what_one_writes_into_a_folder(server: Server, whole: dict[str, bytes]) -> None:
     key = "extract/run.acts.zarr"
     workers = [extract(server.url(key), "--num-processes", "2", "--process-id", str(rank)) for rank in range(2)]

@@ -25,6 +25,8 @@ from actstore.ledger import read_plan
 from actstore.repair import repair
 from actstore.verify import verify
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 OF_A_NETWORK = [name for name in FAULTS if name not in OF_AN_ACCOUNT]
 CHANGING = {"short body", "bit flip"}  # nothing about the message says that it is not what was sent
 NO_ANSWER = {"412"}  # to what had no condition: TensorStore takes a chunk for missing, a new plan for another's

@@ -9,6 +9,8 @@ from kill_points import unchecked
 from servers.everywhere import Started
 from servers.server import Missing
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:

@@ -16,6 +16,8 @@ from stores import tree
 
 import actstore
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:

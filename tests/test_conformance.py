@@ -14,6 +14,8 @@ import tensorstore as ts
 from servers.everywhere import SERVERS, Started
 from servers.server import Missing, Server
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 SECONDS = 20  # of one operation; a server that takes longer hangs
 RETRIES = {"max_retries": 3, "initial_delay": "20ms", "max_delay": "100ms"}
 ABSENT = b"\2"  # TensorStore's generation of what is not there

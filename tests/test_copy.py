@@ -23,6 +23,8 @@ from actstore.kvstore import Root
 from actstore.ledger import read_plan
 from actstore.verify import verify
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.acts.zarr"))
 ZSTD = Layout(LAYOUT.sites, samples=53, block_samples=16, chunk_samples=4, columns=LAYOUT.columns, codec="zstd")
 PLAIN = Layout(LAYOUT.sites, samples=53, block_samples=16, chunk_samples=4, columns=LAYOUT.columns, codec="none")

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 from fault_proxy import FAULTS, FaultProxy, Rule, what_is_asked
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 BODY = bytes(range(256)) * 8
 
 

@@ -15,6 +15,8 @@ from extract.costs import requests
 from extract.dealing import Dealer
 from extract.ranks import Rank
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 SMALL = Scenario(
     hosts=32, samples=1_500 * 1024, block_samples=1024, samples_per_second=200.0, preemption_seconds=10.0,
     start_seconds=30.0,

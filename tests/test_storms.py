@@ -17,6 +17,8 @@ from actstore.claims import CLAIM_FOLDER
 from extract.named import model_folder
 from extract.ranks import Rank
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 KILLED, STOPPED = -9, 75
 
 
@@ -103,7 +105,7 @@ def test_a_small_storm(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     assert ended >= 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_storm(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     ended, again = storm(tmp_path, undisturbed, rounds=50, seed=9)
     print(f"50 rounds: {ended} workers killed or stopped, {again} blocks computed again")

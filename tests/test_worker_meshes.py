@@ -12,6 +12,8 @@ from stores import tree
 
 import actstore
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 FEW = ["--limit", "10", "--block-samples", "512", "--dtype", "float32"]
 INSIDE, ACROSS = "1,2", "1,4"
 

@@ -26,6 +26,8 @@ from extract.dealing import Dealer
 from extract.division import rest, share
 from extract.ranks import Rank
 
+pytestmark = pytest.mark.slow  # of the protocol and not of the Python
+
 OPTIONS = [
     "--model", "tiny-qwen2", "--documents", "python-docs", "--limit", "30", "--layers", "1,3", "--context", "128",
     "--batch", "4", "--block-samples", "1024",
@@ -206,7 +208,6 @@ def test_a_signal_to_all_and_another_number_of_workers(tmp_path: Path, one: tupl
     assert tree(url) == one[1]
 
 
-@pytest.mark.slow
 def test_a_storm_of_kills(tmp_path: Path, one: tuple[list[str], dict[str, bytes]]) -> None:
     """50 of three workers are killed at random moments and replaced by new ones, over as many stores as that takes."""
     if one[0][1] != "bfloat16":
