@@ -430,7 +430,8 @@ def create_nodes(root: Root, plan: Plan) -> None:
         _check_base(root, plan)
         return
     arrays = array_metadata(plan, complete=False)
-    missing = {key for key in ["zarr.json", *(f"{name}/zarr.json" for name in arrays)] if root.read(key) is None}
+    keys = ["zarr.json", *(f"{name}/zarr.json" for name in arrays)]
+    missing = {key for key, data in zip(keys, root.read_all(keys), strict=True) if data is None}  # all at once
     for name, metadata in arrays.items():
         if f"{name}/zarr.json" in missing:
             root.create(f"{name}/zarr.json", canonical_json(metadata))

@@ -329,7 +329,7 @@ MUTANTS: dict[str, tuple[bool, list[tuple[Any, str, list[tuple[str, str]]]]]] = 
     "a block is done when it is valid": (False, [
         (ledger, "committed_blocks", [("key_in(plan.generation, MARKER_FOLDER)", '"valid/c/"')]),
     ]),
-    "documents not awaited": (True, [(table, "write_table", [("future.result()", "pass")])]),
+    "documents not awaited": (True, [(table, "write_table", [("writing.result()", "pass")])]),
     "documents' marker missing": (True, [(table, "write_table", [("write_table_marker(", "(lambda *_: None)(")])]),
 }  # fmt: skip
 
@@ -357,7 +357,7 @@ def test_a_mutant_is_caught(request: pytest.FixtureRequest, documents: bool, cha
 def test_a_mutant_that_accepts_a_marker_of_another_plan_is_caught(plain: World) -> None:
     old = "(marker.fingerprint, marker.block) != (plan.fingerprint, block)"
     with (
-        mutant([(ledger, "_parsed_marker", [(old, "marker.block != block")])]),
+        mutant([(ledger, "parsed_marker", [(old, "marker.block != block")])]),
         pytest.raises(CorruptStoreError, match="block 1 is committed, but its shard resid_post/c/0/1/0 is gone"),
     ):
         run_schedules(plain, run_with_foreign_marker(plain), range(20), what="mutant")
