@@ -47,8 +47,9 @@ class Store:
         """What notebooks show: the card."""
         return card.html(self._root, self.plan)
 
-    def __init__(self, root: Root, plan: Plan) -> None:
-        self._root = root
+    def __init__(self, root: Root, plan: Plan, *, complete: bool = False) -> None:
+        """`complete`: it was just seen to be; otherwise that is looked up each time."""
+        self._root, self._complete = root, complete
         self.plan = plan
 
     @property
@@ -106,7 +107,8 @@ class Store:
             partial: True also opens an unfinished store, with its committed samples only.
             check: False reads without comparing chunks with their commit markers: for stores that were just verified.
         """
-        return open_dataset(self._root, self.plan, raw=raw, partial=partial, check=check)
+        complete = True if self._complete else None
+        return open_dataset(self._root, self.plan, raw=raw, partial=partial, check=check, complete=complete)
 
     @overload
     def batches(
@@ -338,7 +340,7 @@ def open(  # noqa: A001  reads as `actstore.open`
     plan, complete = find_plan(root, unfinished=partial)
     if not complete and not partial:
         check_complete(root, plan)
-    return Store(root, plan)
+    return Store(root, plan, complete=bool(complete))
 
 
 def copy(

@@ -61,7 +61,8 @@ class Batches(Generic[Rows]):
     Iterating gives the rows alone; `next_batch` gives them with their sample numbers. `state()` is a small dictionary;
     `restore(state)` continues exactly there. Memory: `window_bytes`, three batches and 100 MB for reading, and with a
     filter a bit per sample, at most 128 MiB. Several threads may share it: each minibatch goes to one of them.
-    `close()` it (or use `with`) when it is not used up. It can be copied to another process, which reads for itself.
+    Of a remote store reading takes up to 600 MB. `close()` it (or use `with`) when it is not used up. It can be copied
+    to another process, which reads for itself.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ from actstore.schema import Plan
 from actstore.shards import chunk_digests
 from actstore.vouchers import Vouchers
 
-REMOTE_FLIGHT_BYTES = 32 << 20  # 64 of 512 KiB hide 50 ms at 600 MB/s
+REMOTE_FLIGHT_BYTES = 256 << 20  # 512 chunks of 512 KiB, or two whole shards: requests take 10 to 100 ms
+REMOTE_STRETCH_BYTES = 128 << 20  # a whole shard in one request
 BLOCKS_TOGETHER = 64  # whose markers are read at once
 FLIGHT_BYTES = 16 << 20  # of chunks being read: 32 of 512 KiB for 16 threads; more costs caches more than it hides
 STRETCH_BYTES = 4 << 20  # of neighbouring chunks that are read at once
@@ -109,6 +110,11 @@ class Source:
     def flight_bytes(self) -> int:
         """Of chunks that are being read at once."""
         return FLIGHT_BYTES if self.objects.root.is_local else REMOTE_FLIGHT_BYTES
+
+    @property
+    def stretch_bytes(self) -> int:
+        """Of neighbouring chunks that are read at once."""
+        return STRETCH_BYTES if self.objects.root.is_local else REMOTE_STRETCH_BYTES
 
     def prepare(self, blocks: Sequence[int]) -> None:
         """Reads what is needed to compare rows of some blocks, if that is faster than one after the other."""
@@ -203,7 +209,7 @@ def _order(source: Source, layers: int, samples: Samples) -> Iterator[tuple[int,
 
 def _stretches(source: Source, samples: Samples, offset: int) -> Iterator[_Stretch]:
     """The chunks of one block that hold `samples`; neighbours that are wanted whole are joined."""
-    size, most = source.chunk_samples, STRETCH_BYTES // source.sample_bytes
+    size, most = source.chunk_samples, source.stretch_bytes // source.sample_bytes
     held: _Stretch | None = None
     for number, first, last in tiles(samples, size):
         start, stop = number * size, min((number + 1) * size, source.layout.samples)

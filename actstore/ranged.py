@@ -41,8 +41,13 @@ class RangedRows:
     def begin(
         self, doing: str, layer: int, start: int, stop: int, values: Shaped[np.ndarray, "sample *stored"]
     ) -> "Reading | None":
-        """Begins to read whole chunks of one block into `values`; None where no marker vouches for all of them."""
-        if self._site is not None and self._layout.codec == "zstd":
+        """Begins to read whole chunks of one block into `values`.
+
+        None where TensorStore is to do it: no marker vouches for all of them, they are compressed, or they are a whole
+        shard, which is one request for TensorStore too, and one copy less in memory.
+        """
+        whole = self._site is not None and stop - start == self._layout.block_samples
+        if self._site is not None and (whole or self._layout.codec == "zstd") and self.root.cache is None:
             return None
         digests = [self._digest(layer, first, min(first + self.chunk_samples, stop))
                    for first in range(start, stop, self.chunk_samples)]  # fmt: skip

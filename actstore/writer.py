@@ -281,7 +281,7 @@ class Writer:
         self.root.refuse_link(key)
         span = slice(start, start + len(rows))
         target = array[layer, span] if array.rank > rows.ndim else array[span]
-        begin = functools.partial(target.write, rows, can_reference_source_data_indefinitely=True)
+        begin = functools.partial(target.write, rows, can_reference_source_data_indefinitely=not self.root.keeps_memory)
         return self.root.begin(f"write {key} of {self.root.url}", begin, size=rows.nbytes)
 
     def _padded(self, name: str, rows: Array) -> Array:

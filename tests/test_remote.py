@@ -121,6 +121,19 @@ def test_every_value_and_every_way_to_read(url):
     assert store.documents.strings("text") == list(CONTENTS.documents.texts)
 
 
+def test_memory_holds_its_own_bytes():
+    """What was written is not what the caller has: it may be filled with the next block."""
+    url, contents = "memory://own/run.acts.zarr", make_contents()
+    with contents.create(url, seal=True) as writer:
+        for number in range(contents.layout.blocks):
+            activations, columns = contents.block(number)
+            given = {name: np.ascontiguousarray(rows) for name, rows in activations.items()}
+            writer.write(number, given, samples=columns).result()
+            for rows in given.values():
+                rows[...] = 0
+    assert np.array_equal(xr.open_dataset(url, engine="actstore").mlp_out.values, CONTENTS.rows["mlp_out"].astype("f4"))
+
+
 KEY = "resid_post/c/1/2/0"
 
 

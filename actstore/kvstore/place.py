@@ -22,6 +22,9 @@ class Place(abc.ABC):
     streams: ClassVar[bool]
     """Whether an object is written piece by piece. Otherwise it is sent whole, and is in memory once more meanwhile."""
 
+    keeps_memory = False
+    """Whether what was written would stay where the caller has it: it is copied then."""
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy, in another process too, opens its own connections."""
         return {name: value for name, value in self.__dict__.items() if name not in ("kv", "context")}

@@ -29,6 +29,7 @@ class RemotePlace(Place):
 
     def __init__(self, address: Address, limits: Limits) -> None:
         self.address, self.limits, self.url = address, limits, address.url
+        self.keeps_memory = address.scheme == "memory"
         limits.tell_curl(os.environ)
         self._spec = spec_of(address, os.environ)
 

@@ -72,6 +72,11 @@ class Root:
         """Whether shards are written piece by piece; otherwise one is in memory once more while it is written."""
         return self.place.streams
 
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether the storage would go on using an array that was written: `memory://` would, and must copy it."""
+        return self.place.keeps_memory
+
     def settings(self) -> dict[str, tuple[str, str]]:
         """What bounds its storage, by the environment variables that set it: value and meaning; nothing secret."""
         return self.place.settings() | ({} if self.cache is None else self.cache.settings())
