@@ -85,7 +85,7 @@ class Claims:
                 return
             found = self._parsed(self._root.read(self._key(block)))
             if found is None or found.worker != self.worker:
-                del self._since[block]
+                self._since.pop(block, None)
                 return
             self._root.write(self._key(block), self._mine(since).to_json())
 

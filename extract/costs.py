@@ -70,7 +70,7 @@ def requests(plan: Plan, *, remote: bool) -> Requests:
     documents = 0 if plan.documents is None else _document_chunks(plan) + MARKER + 3 * read
     shards = sum(_pages(len(plan.blocks) * site.rows_per_sample) if remote else 1 for site in added_sites(plan))
     papers = 3  # manifest, ranges and seal
-    sealing = len(plan.blocks) + 2 * pages + shards + nodes - groups + papers + create + 4 * read + 2
+    sealing = len(plan.blocks) * read + 2 * pages + shards + nodes - groups + papers + create + 4 * read + 2
     return Requests(block, worker, created + documents + sealing)
 
 
