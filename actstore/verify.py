@@ -46,6 +46,8 @@ Depth = Literal["fast", "sample", "full"]
 MAX_ASSET_BYTES = 256 << 20
 MOST_MISSING = 1000  # markers that are named one by one
 SHARDS_AT_ONCE = 2
+REMOTE_AT_ONCE = 4  # each with a piece in memory
+REQUESTS_AT_ONCE = 16  # of remote storage, where only indices and markers are read
 PIECE_BYTES = 64 << 20  # of each is decoded at once
 
 
@@ -138,7 +140,8 @@ def verify(
         if "/" not in name
     }
     compared = 0
-    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+    remote = REQUESTS_AT_ONCE if depth == "fast" else REMOTE_AT_ONCE
+    with ThreadPoolExecutor(SHARDS_AT_ONCE if root.is_local else remote) as pool:
         checks = pool.map(lambda shard: _check_shard(arrays, plan.layout, shard, whole=shard in chosen), shards)
         for done, (finding, count) in enumerate(checks, start=1):
             compared += count
@@ -244,11 +247,19 @@ def _markers(root: Root, plan: Plan, *, complete: bool) -> tuple[list[Marker], l
     if next(missing, None) is not None:
         problem = f"of {len(plan.blocks):,} blocks only {len(wanted) - MOST_MISSING:,} have a marker"
         findings.append(Finding(MARKER_FOLDER, problem, None, plan.generation))
-    for block in sorted(wanted):
+
+    def look(block: int) -> Marker | Finding:
         try:
-            markers.append(read_marker(root, plan, block))
+            return read_marker(root, plan, block)
         except ActstoreError as error:
-            findings.append(Finding(f"marker of block {block}", str(error), block, plan.generation))
+            return Finding(f"marker of block {block}", str(error), block, plan.generation)
+
+    with ThreadPoolExecutor(1 if root.is_local else REQUESTS_AT_ONCE) as pool:
+        for found in pool.map(look, sorted(wanted)):
+            if isinstance(found, Marker):
+                markers.append(found)
+            else:
+                findings.append(found)
     return markers, findings
 
 

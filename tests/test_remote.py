@@ -121,6 +121,15 @@ def test_every_value_and_every_way_to_read(url):
     assert store.documents.strings("text") == list(CONTENTS.documents.texts)
 
 
+def test_a_writer_says_what_sending_whole_shards_takes(tmp_path):
+    """Four shards are encoded at once, and are in memory once more until they are sent."""
+    here, away = CONTENTS.create(tmp_path / "run.acts.zarr"), CONTENTS.create("memory://announced/run.acts.zarr")
+    shard_bytes = max(site.row_bytes for site in CONTENTS.layout.sites) * CONTENTS.layout.block_samples
+    assert away.memory_bytes - here.memory_bytes == 2 * 4 * shard_bytes
+    for writer in (here, away):
+        writer.close()
+
+
 def test_memory_holds_its_own_bytes():
     """What was written is not what the caller has: it may be filled with the next block."""
     url, contents = "memory://own/run.acts.zarr", make_contents()
