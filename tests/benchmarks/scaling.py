@@ -1,7 +1,8 @@
 """Two workers, each on a core of its own, beside one worker on one core; and forward passes alone on the same cores.
 
 Each worker is a process that is pinned before it imports anything. When its first pass is done, which was compiled, it
-waits for the others: from there until all have ended is measured, sealing included.
+waits for the others: from there until all have ended is measured, sealing included. On a machine that others use the
+seconds say little: the same quotient is also given by core-seconds, as if both had a core for themselves.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENS = 8192
-CONTEXT, BATCH, BLOCK_SAMPLES = 128, 2, 256  # many small blocks, so that both have as much to do
+CONTEXT, BATCH, BLOCK_SAMPLES = 128, 2, 1024  # eight blocks: as many for each of two; small ones cost more than usual
 
 
 def measure(folder: Path, *, model: str, repeats: int) -> dict[str, object]:
@@ -25,24 +26,41 @@ def measure(folder: Path, *, model: str, repeats: int) -> dict[str, object]:
         print(f"scaling        NOT MEASURED: this process may use {len(cores)} cores that it can name, 2 are needed")
         return {}
     rates: dict[str, list[float]] = {f"{what}, {count}": [] for what in ("forward", "run") for count in (1, 2)}
+    by_core: dict[str, list[float]] = {name: [] for name in rates}
     for _ in range(repeats):
         for what in ("forward", "run"):
             for count in (1, 2):
-                rates[f"{what}, {count}"].append(_rate(folder, model, what, cores[:count]))
+                found = _rates(folder, model, what, cores[:count])
+                rates[f"{what}, {count}"].append(found[0])
+                by_core[f"{what}, {count}"].append(found[1])
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, value in medians.items():
         print(f"scaling        {name + (' core' if name.endswith('1') else ' cores'):<22} {value:>9,.1f} tokens/s")
-    gains = {
-        what: statistics.median(two / one for one, two in zip(rates[f"{what}, 1"], rates[f"{what}, 2"], strict=True))
-        for what in ("forward", "run")
-    }
+    gains = {what: _gain(rates, what) for what in ("forward", "run")}
+    gain_by_core = {what: _gain(by_core, what) for what in ("forward", "run")}
     print(f"scaling        2 workers are {gains['run']:.2f} times as fast as 1, passes alone {gains['forward']:.2f}")
+    print(f"scaling        by core-seconds {gain_by_core['run']:.2f}, passes alone {gain_by_core['forward']:.2f}")
     figures = {name: round(value, 1) for name, value in medians.items()}
-    return {"scaling": figures | {"gain": round(gains["run"], 3), "gain_of_forward": round(gains["forward"], 3)}}
+    return {
+        "scaling": figures | {
+            "gain": round(gains["run"], 3), "gain_of_forward": round(gains["forward"], 3),
+            "gain_by_core_seconds": round(gain_by_core["run"], 3),
+            "gain_of_forward_by_core_seconds": round(gain_by_core["forward"], 3),
+        }
+    }  # fmt: skip
 
 
-def _rate(folder: Path, model: str, what: str, cores: list[int]) -> float:
-    """Tokens per second of as many workers as cores, from when all have compiled until the last has ended."""
+def _gain(rates: dict[str, list[float]], what: str) -> float:
+    """How many times as fast two are as one: the median over the turns."""
+    pairs = zip(rates[f"{what}, 1"], rates[f"{what}, 2"], strict=True)
+    return statistics.median(two / one for one, two in pairs)
+
+
+def _rates(folder: Path, model: str, what: str, cores: list[int]) -> tuple[float, float]:
+    """Tokens per second of as many workers as cores, from when all have compiled until the last has ended.
+
+    And what that would be if every core-second of theirs were a second, and all had as much to do.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         started = [
             subprocess.Popen(
@@ -57,7 +75,8 @@ def _rate(folder: Path, model: str, what: str, cores: list[int]) -> float:
                 raise RuntimeError(errors)
     found: list[dict[str, float]] = [json.loads(out.splitlines()[-1]) for out, _ in said]
     samples = sum(each["samples"] for each in found)
-    return samples / (max(each["ended"] for each in found) - max(each["began"] for each in found))
+    seconds = max(each["ended"] for each in found) - max(each["began"] for each in found)
+    return samples / seconds, samples * len(cores) / sum(each["core_seconds"] for each in found)
 
 
 def _work(what: str, place: Path, model: str, rank: int, cores: list[int]) -> dict[str, float]:
@@ -75,14 +94,14 @@ def _work(what: str, place: Path, model: str, rank: int, cores: list[int]) -> di
     documents = choose_documents(open_documents("python-docs"), TOKENS)
     sizes: dict[str, Any] = {"context": CONTEXT, "batch": BATCH, "block_samples": BLOCK_SAMPLES}
     plan = make_plan(model_folder(model), documents, **sizes)
-    begun: list[tuple[float, int]] = []
+    begun: list[tuple[float, float, int]] = []
 
     def note(samples: int) -> None:
         if not begun and samples:
             (place / f"ready-{rank}").touch()
             while len(list(place.glob("ready-*"))) < len(cores):
                 time.sleep(0.001)
-            begun.append((time.monotonic(), samples))
+            begun.append((time.monotonic(), time.process_time(), samples))
 
     samples = 0
     if what == "run":
@@ -93,8 +112,11 @@ def _work(what: str, place: Path, model: str, rank: int, cores: list[int]) -> di
         for step in forward_steps(plan, share(plan.store.blocks, rank, len(cores))):
             samples += 0 if step is None else len(step.contexts.documents)
             note(samples)
-    ended = time.monotonic()
-    return {"samples": samples - begun[0][1], "began": begun[0][0], "ended": ended}
+    began, core_seconds, before = begun[0]
+    return {
+        "samples": samples - before, "began": began, "ended": time.monotonic(),
+        "core_seconds": time.process_time() - core_seconds,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
