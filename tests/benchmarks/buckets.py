@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import tensorstore as ts
+import xarray as xr
 
 import actstore
 from actstore import Layout, Plan, Site
@@ -152,7 +153,7 @@ def _requests(server: Server) -> dict[str, dict[str, float]]:
 
         creating, again, one, three = run(), run(), run(0), run(1, 2, 3)
         sealing = run(seal=True)
-        opening = count(lambda: actstore.open(server.url(key)).dataset())
+        opening = count(lambda: xr.open_dataset(server.url(key)))
         rows = actstore.open(server.url(key)).dataset(raw=True)[SITE.name]
         sample = count(lambda: rows.isel(layer=0, sample=12345).values)
         training = count(lambda: _train(server, key))
