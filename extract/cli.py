@@ -212,9 +212,7 @@ def generate(
     except ModelError as error:
         raise InputError(str(error)) from None
     folder = folder_of(model)
-    source = documents_of(**options)
-    prompts = list(source)
-    _say_problems(source)
+    prompts = documents_of(**options)
     with Work("tokenise", unit="documents") as work:
         decided = plan_completions(
             folder,
@@ -226,6 +224,7 @@ def generate(
             chat_date=chat_date,
             progress=work.update,
         )
+    _say_problems(prompts)
     typer.echo(decided.describe(), err=True)
     with Work("generate", unit="prompts") as work:
         state = write_completions(

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ class CompletionPlan:
 
 def plan_completions(
     folder: str | Path,
-    documents: Sequence[Document],
+    documents: Iterable[Document],
     *,
     max_tokens: int = 128,
     sampling: Sampling | None = None,
@@ -137,7 +137,8 @@ def plan_completions(
 
     Args:
         folder: Of the model, as HuggingFace saves it, with `tokenizer.json`.
-        documents: The prompts.
+        documents: The prompts, such as `extract.Documents`, which counts those that cannot be read where it is told to
+            skip them.
         max_tokens: Most tokens to add to each.
         sampling: How tokens are chosen; None for greedy. A draw depends on the seed, the document's id and the step.
         stop: Tokens that end a completion, by their text; None for the model's own: `eos_token_id` of
@@ -150,19 +151,22 @@ def plan_completions(
     Raises:
         InputError: Anything that would fail later: a prompt that is too long, a stop token that does not exist.
     """
-    if not documents:
+    read = list(documents)
+    if not read:
         raise InputError("there are no prompts; expected at least one; check the source and its --limit")
     for value, name in ((max_tokens, "max_tokens"), (batch, "batch")):
         if value < 1:
             raise InputError(f"{name} is {value}; expected at least 1; give more")
-    if taken := sorted({name for document in documents for name in document.columns} & set(OWN_FIELDS)):
+    if taken := sorted({name for document in read for name in document.columns} & set(OWN_FIELDS)):
         raise InputError(
             f"the prompts have fields {', '.join(taken)}, which the completions have too; expected other names; "
             "rename them"
         )
     encoder = tokens.load_tokenizer(folder, answer=True, chat_date=chat_date)
     stops = _own_stop(Path(folder)) if stop is None else _stop_ids(encoder, stop)
-    table = tokenise(documents, encoder, progress=progress)
+    table = tokenise(read, encoder, source=documents, progress=progress)
+    there = frozenset(table.ids)
+    prompts = tuple(document for document in read if document.id in there)
     loaded = model or load_model(folder)
     check_tokenizer(loaded, encoder)
     _check_lengths(table, loaded, max_tokens)
@@ -175,13 +179,13 @@ def plan_completions(
     known = provenance_of(loaded, encoder)
     known["model"].pop("attention", None)  # generation has one of its own
     settings = known | {
-        "prompts": {"count": len(documents), "sha256": digest(table)},
+        "prompts": {"count": len(prompts), "sha256": digest(table)},
         "max_tokens": max_tokens,
         "sampling": dataclasses.asdict(sampling),
         "stop": list(stops),
         "batch": batch,
     }
-    return CompletionPlan(loaded, encoder, tuple(documents), table, max_tokens, sampling, stops, batch, settings)
+    return CompletionPlan(loaded, encoder, prompts, table, max_tokens, sampling, stops, batch, settings)
 
 
 def write_completions(

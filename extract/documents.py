@@ -110,13 +110,18 @@ def checked_text(text: object, where: str) -> str | Problem:
         )
     if not encodable(text):
         return Problem("wrong type", f"{where} {_SURROGATE}")
-    if len(text) * 4 > TEXT_BYTES and (size := len(text.encode())) > TEXT_BYTES:
-        return Problem(
-            "too long",
-            f"{where} holds {size:,} bytes of text; expected at most {TEXT_BYTES:,}, which are read at once. "
-            "Cut it into several documents.",
-        )
-    return text
+    return too_long(text, where) or text
+
+
+def too_long(text: str, where: str) -> Problem | None:
+    """Why a text cannot be read at once, if it cannot."""
+    if len(text) * 4 <= TEXT_BYTES or (size := len(text.encode())) <= TEXT_BYTES:
+        return None
+    return Problem(
+        "too long",
+        f"{where} holds {size:,} bytes of text; expected at most {TEXT_BYTES:,}, which are read at once. "
+        "Cut it into several documents.",
+    )
 
 
 def encodable(text: str) -> bool:

@@ -44,7 +44,8 @@ class Documents(Iterable[Document]):
         labels: Columns with one value for all documents.
         splits: For a column `split`, by a hash of each id.
         on_error: What to do with a line that is no document, with an id that was there before, with other columns than
-            the first document has, and with a chat that the model's template refuses: raise, or count it and go on.
+            the first document has, and, when documents are tokenised, with a chat that the model's template refuses and
+            a document of no tokens or too many: raise, or count it and go on.
 
     Attributes:
         problems: After iterating, how many there were of each kind.

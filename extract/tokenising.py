@@ -12,10 +12,10 @@ import numpy as np
 from actstore.errors import InputError, PlanMismatchError
 from actstore.table import DocumentTable
 from extract.columns import Columns
-from extract.documents import Document
+from extract.documents import Document, Problem
 from extract.sources import Documents
 from extract.spool import spool
-from extract.tokens import Encoded, Tokenizer, begin_encoding, encode, prepare
+from extract.tokens import Encoded, Tokenizer, begin_encoding, encode, prepare, size_problem
 
 if TYPE_CHECKING:
     import tokenizers
@@ -26,12 +26,14 @@ _CHARACTERS_AT_ONCE = 1 << 18  # of a part: the library takes about 60 bytes for
 _HASHED_AT_ONCE = 16 << 20
 
 Progress = Callable[[int, int | None], None]
+Refuse = Callable[[Problem], None]
 
 
 def tokenise(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
     *,
+    source: Iterable[Document] | None = None,
     folder: Path | None = None,
     like: Collection[str] | None = None,
     progress: Progress | None = None,
@@ -41,6 +43,7 @@ def tokenise(
     Args:
         documents: at least one; they are read once, a few hundred at a time.
         tokenizer: of the model.
+        source: where `documents` were read from, which counts those that are left out; None for `documents` itself.
         folder: where to keep the tokens while they are made, and after; None keeps them in memory. Killed, the same
             call continues: what is there is compared with the documents and not tokenised again.
         like: names of the columns of a store that the documents are appended to; None for a new one.
@@ -50,24 +53,32 @@ def tokenise(
     belongs to each of them. The table has a column `read_from`, where each document was read, and where one has a
     completion also `completion_start`.
 
-    A chat that the template refuses and a token that the tokenizer does not have are problems of their source, which
-    `Documents` counts where it is told to skip them.
+    A chat that the template refuses, a token that the tokenizer does not have, and a document that has no tokens or
+    more than a store reads at once are problems of their source, which `Documents` counts where it is told to skip
+    them. Nothing of such a document is in the table.
 
     Raises:
-        InputError: such a problem; a document has no tokens, or other columns than the first one.
+        InputError: such a problem, or a document has other columns than the first one.
         PlanMismatchError: the folder holds other documents, or those of another tokenizer.
     """
     total = len(documents) if isinstance(documents, Sequence) else None
     with spool(folder, {"tokenizer": tokenizer.provenance()}) as kept:
         there = kept.arrays() if kept.count else {}
         columns, at, done = Columns(like), Counter({"token": len(there.get("token_id", ()))}), 0
-        prepared = _prepared(documents, tokenizer)
-        for part, found in _ahead(_parts(prepared, edge=kept.count), tokenizer, passed_over=kept.count):
+        source = documents if source is None else source
+        refuse = source.refuse if isinstance(source, Documents) else _raise
+        prepared = _prepared(documents, tokenizer, refuse)
+        if kept.count:
+            prepared = _as_before(prepared, tokenizer, refuse, there, count=kept.count)
+        for read, found in _ahead(_parts(prepared, edge=kept.count), tokenizer, passed_over=kept.count):
+            part, made = (read, None) if found is None else _with_tokens(read, tokenizer, refuse, found.result())
+            if not part:
+                continue
             described = columns.arrays(part, at)
-            if found is None:
+            if made is None:
                 _refuse_others(there, described, at, part, folder)
             else:
-                tokens = encode(part, tokenizer, found.result())
+                tokens = encode(part, tokenizer, made)
                 kept.add(described | _arrays(tokens, first=at["token"]), count=len(part))
                 at["token"] += len(tokens.ids)
             at.update({name: len(values) for name, values in described.items()})
@@ -81,22 +92,66 @@ def tokenise(
             )
         if not done:
             raise InputError(
-                f"there are no documents to read{_passed_over(documents)}; expected at least one; check the source and "
+                f"there are no documents to read{_passed_over(source)}; expected at least one; check the source and "
                 "its --limit"
             )
         return columns.table(kept.arrays())
 
 
-def _prepared(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Document]:
+def _raise(problem: Problem) -> None:
+    raise InputError(problem.message)
+
+
+def _prepared(documents: Iterable[Document], tokenizer: Tokenizer, refuse: Refuse) -> Iterator[Document]:
     """Documents with their texts. What cannot have one is refused, or left out if the source is told to."""
     for document in documents:
         found = prepare(document, tokenizer)
         if isinstance(found, Document):
             yield found
-        elif isinstance(documents, Documents):
-            documents.refuse(found)
         else:
-            raise InputError(found.message)
+            refuse(found)
+
+
+def _with_tokens(
+    part: Sequence[Document], tokenizer: Tokenizer, refuse: Refuse, found: "Sequence[tokenizers.Encoding]"
+) -> "tuple[list[Document], list[tokenizers.Encoding]]":
+    """Documents with what the library made of them. Those with too few or too many tokens are refused, or left out."""
+    kept: list[Document] = []
+    made: list[tokenizers.Encoding] = []
+    for document, each in zip(part, found, strict=True):
+        if problem := size_problem(document, tokenizer, each):
+            refuse(problem)
+        else:
+            kept.append(document)
+            made.append(each)
+    return kept, made
+
+
+def _as_before(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    refuse: Refuse,
+    there: Mapping[str, np.ndarray],
+    *,
+    count: int,
+) -> Iterator[Document]:
+    """Documents without those that were left out among the first `count` that are there.
+
+    A document whose id is not the next one there is tokenised to see why: either it has to be left out again, or the
+    documents are others, which is found later.
+    """
+    data, ends = np.asarray(there["id.bytes"]), np.asarray(there["id.ends"])
+    number, first = 0, 0
+    for document in documents:
+        if number < count:
+            last = int(ends[number])
+            if data[first:last].tobytes() != document.id.encode():
+                (found,) = begin_encoding([document], tokenizer)
+                if problem := size_problem(document, tokenizer, found):
+                    refuse(problem)
+                    continue
+            number, first = number + 1, last
+        yield document
 
 
 def _ahead(

@@ -16,7 +16,7 @@ from actstore.errors import InputError
 from actstore.table import MAX_READ_BYTES, TOKEN_BYTES
 from extract.chat import ChatTemplate, load_chat_template
 from extract.conversation import chat_text
-from extract.documents import Document, Problem, checked_text
+from extract.documents import Document, Problem, checked_text, too_long
 from extract.messages import ChatError
 from extract.pieces import byte_level, flat, joined, pieces_of, whole_characters
 from extract.selection import Vocabulary
@@ -135,7 +135,8 @@ def load_tokenizer(
 def prepare(document: Document, tokenizer: Tokenizer) -> Document | Problem:
     """The document with its text: that of a chat is rendered, that of tokens is what they stand for.
 
-    A `Problem` where a chat is refused by the template, or a token is none of this tokenizer.
+    A `Problem` where a chat is refused by the template, a token is none of this tokenizer, or tokens stand for a text
+    that is too long.
 
     Raises:
         InputError: there is no template for chats, or one that writes today's date.
@@ -151,7 +152,8 @@ def prepare(document: Document, tokenizer: Tokenizer) -> Document | Problem:
             f"document {document.id!r} ({document.source}) has token {wrong[0]}, the tokenizer has 0 to {known - 1}; "
             "expected tokens of this tokenizer; give the model whose tokenizer made them",
         )
-    return dataclasses.replace(document, text=joined([tokenizer.pieces[number] for number in document.token_ids])[0])
+    text = joined([tokenizer.pieces[number] for number in document.token_ids])[0]
+    return too_long(text, f"document {document.id!r} ({document.source})") or dataclasses.replace(document, text=text)
 
 
 def begin_encoding(documents: Sequence[Document], tokenizer: Tokenizer) -> "list[tokenizers.Encoding]":
@@ -163,25 +165,49 @@ def begin_encoding(documents: Sequence[Document], tokenizer: Tokenizer) -> "list
     )
 
 
+def size_problem(document: Document, tokenizer: Tokenizer, found: "tokenizers.Encoding") -> Problem | None:
+    """Why a document has too few tokens or too many, if it has.
+
+    Args:
+        document: with its text.
+        tokenizer: of the model.
+        found: what `begin_encoding` made of it.
+    """
+    own, most = len(found if document.token_ids is None else document.token_ids), MAX_READ_BYTES // TOKEN_BYTES
+    if not own:
+        return Problem(
+            "empty",
+            f"document {document.id!r} ({document.source}) has no tokens; expected text that the tokenizer "
+            "does not drop; remove the document",
+        )
+    special = tokenizer.plain if document.messages is None else tokenizer.rendered
+    if own + len(special.prefix) + len(special.suffix) <= most:
+        return None
+    count = own + sum(map(len, _around(document, found.ids, tokenizer)))
+    if count <= most:
+        return None
+    return Problem(
+        "too long",
+        f"document {document.id!r} ({document.source}) has {count:,} tokens; expected at most {most:,}, "
+        "which are read at once; cut it into several documents",
+    )
+
+
 def encode(
     documents: Sequence[Document], tokenizer: Tokenizer, found: "Sequence[tokenizers.Encoding] | None" = None
 ) -> Encoded:
     """Tokens of some documents that were prepared.
 
     Args:
-        documents: with their texts.
+        documents: with their texts, and with tokens: see `size_problem`.
         tokenizer: of the model.
         found: what `begin_encoding` made of them; None does it now.
-
-    Raises:
-        InputError: a document has no tokens, or more than a store reads at once.
     """
     found = begin_encoding(documents, tokenizer) if found is None else found
     own = [
         each.ids if document.token_ids is None else document.token_ids
         for document, each in zip(documents, found, strict=True)
     ]
-    _refuse_sizes(documents, own)
     around = [_around(document, ids, tokenizer) for document, ids in zip(documents, own, strict=True)]
     before, after = (np.fromiter((len(each[side]) for each in around), np.int64, len(around)) for side in (0, 1))
     counts = before + after + np.fromiter(map(len, own), np.int64, len(own))
@@ -277,18 +303,3 @@ def _spans(
     sizes = 1 + (code_points > 0x7F).astype(np.int64) + (code_points > 0x7FF) + (code_points > 0xFFFF)
     edges = np.concatenate([[0], np.cumsum(sizes)])
     return edges[spans[:, 0]], edges[spans[:, 1]]
-
-
-def _refuse_sizes(documents: Sequence[Document], ids: Sequence[Sequence[int]]) -> None:
-    most = MAX_READ_BYTES // TOKEN_BYTES
-    for document, own in zip(documents, ids, strict=True):
-        if not own:
-            raise InputError(
-                f"document {document.id!r} ({document.source}) has no tokens; expected text that the tokenizer "
-                "does not drop; remove the document"
-            )
-        if len(own) > most:
-            raise InputError(
-                f"document {document.id!r} ({document.source}) has {len(own):,} tokens; expected at most {most:,}, "
-                "which are read at once; cut it into several documents"
-            )

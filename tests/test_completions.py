@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 import extract
 from actstore import cli
@@ -347,3 +347,56 @@ def test_a_second_run_computes_nothing_and_says_so(
     assert run(monkeypatch, *arguments, "--json") == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["prompts"], summary["prompts_before"], summary["prompts_computed"]) == (6, 6, 0)
+
+
+@pytest.fixture
+def chat_model(tmp_path: Path) -> Path:
+    """The tiny model with a chat template that takes no system message, and a tokenizer that drops tildes."""
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    engine = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    engine.normalizer = normalizers.Replace("~", "")
+    engine.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_prompts_that_the_model_cannot_read_are_counted_where_they_are_to_be_skipped(
+    monkeypatch: Any, capsys: Any, tmp_path: Path, chat_model: Path
+) -> None:
+    user = {"role": "user", "content": "Return a list"}
+    good = [{"id": "a", "messages": [user], "page": 1}, {"id": "d", "text": "Raise", "page": 4}]
+    bad = [
+        {"id": "b", "messages": [{"role": "system", "content": "Be brief."}, user], "page": 2},
+        {"id": "c", "text": "~~", "page": 3},
+    ]
+    write(tmp_path / "good.jsonl", *good)
+    write(tmp_path / "mixed.jsonl", good[0], *bad, good[1])
+    write(tmp_path / "bad.jsonl", *bad)
+    options = ["--model", chat_model, "--max-tokens", "4", "--batch", "2", "--stop", "."]
+    assert run(monkeypatch, tmp_path / "x.jsonl", "--documents", tmp_path / "good.jsonl", *options) == 0
+    capsys.readouterr()
+    target = tmp_path / "y.jsonl"
+    assert run(monkeypatch, target, "--documents", tmp_path / "mixed.jsonl", *options, "--on-error", "skip") == 0
+    assert re.search(
+        r"^passed over 2 that are no documents \(1 empty, 1 refused chat\): mixed.jsonl:2: the chat template of .* "
+        r"refuses these messages: no system here; document 'c' \(mixed.jsonl:3\) has no tokens$",
+        capsys.readouterr().err,
+        re.M,
+    )
+    assert [(line["id"], line["page"]) for line in lines_of(target)] == [("a", 1), ("d", 4)]
+    assert target.read_bytes() == (tmp_path / "x.jsonl").read_bytes()
+
+    assert run(monkeypatch, tmp_path / "z.jsonl", "--documents", tmp_path / "mixed.jsonl", *options) == 2
+    assert re.search(r"^error: mixed.jsonl:2: the chat template of .* refuses these", capsys.readouterr().err, re.M)
+    skipped = [*options, "--on-error", "skip"]
+    assert run(monkeypatch, tmp_path / "z.jsonl", "--documents", tmp_path / "bad.jsonl", *skipped) == 2
+    assert re.search(
+        r"^error: there are no documents to read \(passed over 2 that are no documents \(1 empty, 1 refused chat\)",
+        capsys.readouterr().err,
+        re.M,
+    )
+    assert not (tmp_path / "z.jsonl").exists()

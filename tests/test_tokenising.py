@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from watched import WATCH
 
 from actstore.errors import InputError, PlanMismatchError
@@ -275,6 +275,101 @@ def test_a_document_of_too_many_tokens_is_named(monkeypatch):
     monkeypatch.setattr("extract.tokens.MAX_READ_BYTES", 120)
     with pytest.raises(InputError, match=r"document 'b' \(record:1\) has \d+ tokens; expected at most 10, which"):
         tokenise(Documents([{"id": "a", "text": "x"}, {"id": "b", "text": "word " * 30}]), TOKENIZER)
+
+
+def dropping(folder: Path) -> Path:
+    """The tiny tokenizer, for which a text of tildes has no tokens, and which puts a token before each."""
+    engine = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    engine.normalizer = normalizers.Replace("~", "")
+    engine.add_special_tokens(["<s>"])
+    engine.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", engine.token_to_id("<s>"))]
+    )
+    folder.mkdir()
+    engine.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    return folder
+
+
+def sized(tokens: int) -> str:
+    """A text of so many tokens."""
+    text = next("a" + " b" * n for n in range(50) if len(TOKENIZER.engine.encode("a" + " b" * n)) == tokens)
+    assert len(text) < 400
+    return text
+
+
+def counted(*texts: tuple[str, str], score: float = 1) -> list[Document]:
+    return [Document(name, text, {"score": 1 if text[0] == "g" else score}, f"x.jsonl:{name}") for name, text in texts]
+
+
+GOOD = [(f"g{number}", f"good {number}") for number in range(7)]
+BAD = [("b0", "~~"), ("b1", sized(10)), ("b2", "~"), ("b3", "~~~"), ("b4", sized(14))]
+MIXED = [BAD[0], *GOOD[:2], *BAD[1:3], *GOOD[2:6], BAD[3], GOOD[6], BAD[4]]
+
+
+@pytest.fixture
+def ten_tokens(monkeypatch):
+    """Ten tokens are the most that one document may have, for the table as well."""
+    monkeypatch.setattr("extract.tokens.MAX_READ_BYTES", 120)
+    monkeypatch.setattr("actstore.table.MAX_READ_BYTES", 120)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 2048])
+def test_documents_of_no_tokens_or_too_many_are_left_out_whole_where_they_are_to_be_skipped(
+    tmp_path, monkeypatch, ten_tokens, at_once
+):
+    tokenizer = load_tokenizer(dropping(tmp_path / "tokenizer"))
+    monkeypatch.setattr("extract.tokenising._DOCUMENTS_AT_ONCE", at_once)
+    expected = tokenise(counted(*GOOD), tokenizer)
+    source = Documents(counted(*MIXED, score=0.5), on_error="skip")
+    for folder in (None, tmp_path / "tokens", tmp_path / "tokens"):  # made, and continued
+        table = tokenise(source, tokenizer, folder=folder)
+        assert digest(table) == digest(expected)
+        assert table.columns["score"].dtype == np.int64, "half a point stood only where nothing was kept"
+        assert source.problems == {"empty": 3, "too long": 2}
+        assert source.describe_problems().startswith(
+            "passed over 5 that are no documents (3 empty, 2 too long): document 'b0' (x.jsonl:b0) has no tokens; "
+            "document 'b1' (x.jsonl:b1) has 11 tokens; document 'b2' (x.jsonl:b2) has no tokens;"
+        )
+
+
+@pytest.mark.parametrize("there", range(2, len(MIXED)))
+def test_what_was_left_out_is_left_out_again_by_who_continues(tmp_path, ten_tokens, there):
+    tokenizer = load_tokenizer(dropping(tmp_path / "tokenizer"))
+    folder = tmp_path / "tokens"
+    tokenise(Documents(counted(*MIXED[:there]), on_error="skip"), tokenizer, folder=folder)
+    source = Documents(counted(*MIXED), on_error="skip")
+    assert digest(tokenise(source, tokenizer, folder=folder)) == digest(tokenise(counted(*GOOD), tokenizer))
+    assert source.problems == {"empty": 3, "too long": 2}
+    with pytest.raises(InputError, match=r"^document 'b0' \(x.jsonl:b0\) has no tokens; expected text that the"):
+        tokenise(Documents(counted(*MIXED)), tokenizer, folder=folder)
+
+
+def test_a_document_that_was_left_out_and_has_tokens_now_is_another(tmp_path, ten_tokens):
+    tokenizer = load_tokenizer(dropping(tmp_path / "tokenizer"))
+    tokenise(Documents(counted(*MIXED), on_error="skip"), tokenizer, folder=tmp_path / "tokens")
+    mended = [(name, "mended" if name == "b2" else text) for name, text in MIXED]
+    with pytest.raises(PlanMismatchError, match="holds other documents: id of some from 'g0' "):
+        tokenise(Documents(counted(*mended), on_error="skip"), tokenizer, folder=tmp_path / "tokens")
+
+
+def test_sizes_are_refused_unless_they_are_to_be_skipped(tmp_path, ten_tokens, monkeypatch):
+    tokenizer = load_tokenizer(dropping(tmp_path / "tokenizer"))
+    with pytest.raises(InputError, match=r"^document 'b0' \(x.jsonl:b0\) has no tokens; .*; remove the document$"):
+        tokenise(Documents(counted(GOOD[0], BAD[0])), tokenizer)
+    with pytest.raises(InputError, match=r"^document 'b1' \(x.jsonl:b1\) has 11 tokens; expected at most 10, which"):
+        tokenise(counted(GOOD[0], BAD[1]), tokenizer)
+    assert len(tokenise(counted(BAD[1]), TOKENIZER).token_id) == 10, "without the token before it, it may be read"
+    with pytest.raises(
+        InputError, match=r"no documents to read \(passed over 1 that are no documents \(1 empty\): doc"
+    ):
+        tokenise(Documents(counted(BAD[0]), on_error="skip"), tokenizer)
+    monkeypatch.setattr("extract.documents.TEXT_BYTES", 30)
+    ids = TOKENIZER.engine.encode("The assert statement is a line of it").ids[:9]
+    source = Documents([{"id": "a", "text": "x"}, {"id": "b", "input_ids": ids}], on_error="skip")
+    assert list(tokenise(source, TOKENIZER).ids) == ["a"]
+    assert source.problems == {"too long": 1}
+    assert source.first_problems[0].startswith("document 'b' (record:1) holds 3")
 
 
 def test_contexts_that_sae_lens_made_are_read_as_they_are(tmp_path):
