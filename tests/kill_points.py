@@ -361,8 +361,8 @@ def without_sync() -> Iterator[None]:
     """A killed process loses nothing that the system has, synced or not. That all is synced is shown by test_writer."""
     real = Root.of.__func__  # type: ignore[attr-defined]
 
-    def of(cls: type[Root], url: Any) -> Root:
-        root = real(cls, url)
+    def of(cls: type[Root], url: Any, **options: Any) -> Root:
+        root = real(cls, url, **options)
         root.place.__dict__["context"] = ts.Context({"file_io_sync": False})
         return root
 
