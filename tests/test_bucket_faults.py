@@ -30,9 +30,9 @@ pytestmark = pytest.mark.slow  # of the protocol and not of the Python
 OF_A_NETWORK = [name for name in FAULTS if name not in OF_AN_ACCOUNT]
 CHANGING = {"short body", "bit flip"}  # nothing about the message says that it is not what was sent
 NO_ANSWER = {"412"}  # to what had no condition: TensorStore takes a chunk for missing, a new plan for another's
-DEADLINES = {"few": 40.0, "all": 3.0}  # seconds; by how many requests meet the fault
+DEADLINES = {"few": 12.0, "all": 3.0}  # seconds; by how many requests meet the fault
 MET = {("few", "slow drip"): 1, ("all", "slow drip"): 6}  # each answer comes in time: that may go on for ever
-LATEST = 120.0  # a machine that does thirty of these at once is slow; alone each takes the deadline
+LATEST = 45.0  # a machine that does thirty of these at once is slow; alone each takes the deadline
 
 
 class Operation(NamedTuple):
