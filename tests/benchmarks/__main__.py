@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from tests.benchmarks import (
+    accelerator,
     buckets,
     capture,
     extraction,
@@ -47,6 +48,7 @@ def main() -> None:
         figures |= growth.measure(Path(name), repeats=options.repeats)
         figures |= reading.measure(Path(name), repeats=options.repeats, documents=10_000_000)
         figures |= capture.measure(Path(name), model=options.model, repeats=options.repeats)
+        figures |= accelerator.measure(Path(name), repeats=options.repeats)
         figures |= extraction.measure(Path(name), model=options.model, repeats=options.repeats)
         figures |= scaling.measure(Path(name), model=options.model, repeats=options.repeats)
         figures |= slow_storage.measure(Path(name))
