@@ -86,9 +86,9 @@ class Writer:
     def memory_bytes(self) -> int:
         """The most that the writer holds: the blocks being written, and the next one while `write` waits.
 
-        Arrays handed over in the stored dtype and in C order are not copied: they are these blocks. Others are copied,
-        and the caller's own come on top until `write` returns. Shards that are compressed, or that go to a bucket, are
-        held once more while they are written.
+        Arrays handed over in the stored dtype, each layer in C order, are not copied: they are these blocks. Others are
+        copied, and the caller's own come on top until `write` returns. Shards that are compressed, or that go to a
+        bucket, are held once more while they are written.
         """
         shard_bytes = max(site.row_bytes for site in self.layout.sites) * self.layout.block_samples
         encoded = 2 * SHARDS_AT_ONCE * shard_bytes if self._encodes else 0
@@ -340,14 +340,16 @@ def _as_numpy(values: ArrayLike, what: str) -> Array:
 
 
 def _site_rows(site: Site, given: ArrayLike, count: int) -> Array:
-    """Rows as [layer, sample, width], contiguous, in the stored dtype."""
+    """Rows as [layer, sample, width] in the stored dtype; those of each layer are contiguous."""
     values = _as_numpy(given, f"site {site.name!r}")
     shape = (count, site.width) if site.layers is None else (len(site.layers), count, site.width)
     if values.shape != shape:
         axes = "sample, width" if site.layers is None else "layer, sample, width"
         raise InputError(f"site {site.name!r} has shape {values.shape}, expected {shape}: ({axes}) of this block")
-    stored = as_stored(values, site.dtype, what=f"site {site.name!r}")
-    return np.ascontiguousarray(stored).reshape(site.rows_per_sample, count, site.width)
+    stored = as_stored(values, site.dtype, what=f"site {site.name!r}").reshape(site.rows_per_sample, count, site.width)
+    if all(rows.flags.c_contiguous for rows in stored):  # a part of a buffer is too, and is not copied
+        return stored
+    return np.ascontiguousarray(stored)
 
 
 def _column_values(column: Column, given: ArrayLike, count: int) -> Array:
