@@ -30,7 +30,8 @@ def show(state):
 
 state = extract.run(plan, str(folder / f"{block_samples}.acts.zarr"), progress=show)
 peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-print(json.dumps({"announced": layout.memory_bytes, "peak": peak, "blocks": layout.blocks, "block": layout.block_bytes}))
+found = {"announced": layout.memory_bytes, "peak": peak, "blocks": layout.blocks, "block": layout.block_bytes}
+print(json.dumps(found))
 """
 
 
