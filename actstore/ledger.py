@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -379,8 +379,7 @@ def write_assets(root: Root, plan: Plan, assets: Mapping[str, bytes]) -> None:
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in assets.items()}
     if digests != plan.assets:
         raise InputError(f"assets: found {sorted(assets)}, the plan has others ({sorted(plan.assets)}); plan again")
-    for name, data in assets.items():
-        root.create(f"assets/{name}", data)
+    root.create_all({f"assets/{name}": data for name, data in assets.items()})
 
 
 def read_asset(root: Root, plan: Plan, name: str) -> bytes:
@@ -429,16 +428,13 @@ def create_nodes(root: Root, plan: Plan) -> None:
     if plan.base is not None:
         _check_base(root, plan)
         return
-    arrays = array_metadata(plan, complete=False)
-    keys = ["zarr.json", *(f"{name}/zarr.json" for name in arrays)]
-    missing = {key for key, data in zip(keys, root.read_all(keys), strict=True) if data is None}  # all at once
-    for name, metadata in arrays.items():
-        if f"{name}/zarr.json" in missing:
-            root.create(f"{name}/zarr.json", canonical_json(metadata))
-    for group in table_groups(plan):
-        root.create(f"{group}/zarr.json", canonical_json(documents_group()))
-    if "zarr.json" in missing:
-        root.create("zarr.json", canonical_json(group_metadata(plan, status="writing")))
+    root.create_all(_nodes(array_metadata(plan, complete=False) | dict.fromkeys(table_groups(plan), documents_group())))
+    root.create("zarr.json", canonical_json(group_metadata(plan, status="writing")))
+
+
+def _nodes(metadata: Mapping[str, dict[str, Any]]) -> dict[str, bytes]:
+    """Key and bytes of the `zarr.json` of arrays and groups."""
+    return {f"{name}/zarr.json": canonical_json(each) for name, each in metadata.items()}
 
 
 def is_sealed(root: Root, plan: Plan) -> bool:
@@ -494,10 +490,10 @@ def seal(root: Root, plan: Plan) -> None:
     if (
         _newest_complete(_root_attributes(root)) <= plan.generation
     ):  # else it was appended to meanwhile: readers see more already
+        nodes = array_metadata(plan, complete=True)  # the shape shrinks; no chunk is touched
         if plan.base is not None and plan.documents is not None:
-            root.write(f"{table_group(plan.generation)}/zarr.json", canonical_json(documents_group()))
-        for name, metadata in array_metadata(plan, complete=True).items():
-            root.write(f"{name}/zarr.json", canonical_json(metadata))  # the shape shrinks; no chunk is touched
+            nodes[table_group(plan.generation)] = documents_group()
+        root.write_all(_nodes(nodes))
         root.write("zarr.json", canonical_json(group_metadata(plan, status="complete")))
     seal = Seal(
         format=FORMAT,

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,7 @@ import actstore
 from actstore import Layout, Writer
 from actstore.durable import LOCK_SUFFIX
 from actstore.errors import SealedStoreError
-from actstore.kvstore import Root
+from actstore.kvstore import Operation, Root
 from actstore.layout import norm_name
 from actstore.ledger import read_plan
 from actstore.verify import verify
@@ -64,9 +64,13 @@ def watched(at: Point) -> Iterator[None]:
     """Calls `at` with the name of every point that the code inside passes, in the thread that passes it."""
     half = threading.local()
     with ExitStack() as stack:
-        for verb in ("write", "create", "write_pieces", "delete"):
-            around = _around(verb, getattr(Root, verb), at, half)
-            stack.enter_context(mock.patch.object(Root, verb, around))
+        changed = {
+            verb: _around(verb, getattr(Root, verb), at, half) for verb in ("write", "create", "write_pieces", "delete")
+        }
+        changed |= {name: _together(name, getattr(Root, name), half) for name in ("write_all", "create_all")}
+        changed |= {name: _sent(getattr(Root, name), at, half) for name in ("_writing", "_writing_if")}
+        for name, change in changed.items():
+            stack.enter_context(mock.patch.object(Root, name, change))
         stack.enter_context(mock.patch.object(Root, "open_array", _watched_array(Root.open_array, at)))
         stack.enter_context(mock.patch.object(os, "writev", _in_two_parts(os.writev, at, half)))
         yield
@@ -81,6 +85,40 @@ def _around(verb: str, real: Callable[..., Any], at: Point, half: threading.loca
         return result
 
     return call
+
+
+def _together(name: str, real: Callable[..., None], half: threading.local) -> Callable[..., None]:
+    """Many objects that a bucket takes at once: each of them has its points."""
+
+    def call(root: Root, values: Mapping[str, bytes]) -> None:
+        half.verb = None if root.is_local else name
+        real(root, values)
+        half.verb = None
+
+    return call
+
+
+def _sent(real: Callable[..., Any], at: Point, half: threading.local) -> Callable[..., Any]:
+    def call(root: Root, key: str, *value: Any) -> Any:
+        verb = getattr(half, "verb", None)
+        if verb is None:
+            return real(root, key, *value)
+        at(f"before {verb} {key}")
+        return _Sent(real(root, key, *value), lambda: at(f"after {verb} {key}"))
+
+    return call
+
+
+class _Sent(Operation[Any]):
+    """A write that was begun, with a point after it was awaited."""
+
+    def __init__(self, real: Operation[Any], awaited: Callable[[], None]) -> None:
+        self._real, self._awaited = real, awaited
+
+    def result(self) -> Any:
+        value = self._real.result()
+        self._awaited()
+        return value
 
 
 def _in_two_parts(real: Callable[..., int], at: Point, half: threading.local) -> Callable[..., int]:

@@ -194,16 +194,9 @@ def model_host(disk: Disk, steps: Steps, rank: int, count: int) -> Request:
     yield from disk.create(PLAN_KEY, whole[PLAN_KEY])
     if (yield from disk.read(SEAL_KEY)) is not None and (yield from disk.read("zarr.json")) == whole["zarr.json"]:
         return
-    found = {}
-    for key in ("zarr.json", *steps.nodes):
-        found[key] = yield from disk.read(key)
-    for key in steps.nodes:
-        if found[key] is None:
-            yield from disk.create(key, unsealed[key])
-    if steps.documents:
-        yield from disk.create("documents/zarr.json", unsealed["documents/zarr.json"])
-    if found["zarr.json"] is None:
-        yield from disk.create("zarr.json", unsealed["zarr.json"])
+    documents = ["documents/zarr.json"] if steps.documents else []
+    for key in (*steps.nodes, *documents, "zarr.json"):
+        yield from disk.create(key, unsealed[key])
     for key in steps.labels:
         yield from disk.put(key, whole[key])
     if steps.documents and (yield from disk.read(TABLE_KEY)) is None:

@@ -24,7 +24,7 @@ from actstore.errors import (
     StoragePermissionError,
     StoreError,
 )
-from actstore.kvstore import Root, storage_errors
+from actstore.kvstore import Operation, Root, storage_errors
 from actstore.metadata import array_metadata
 
 
@@ -112,6 +112,43 @@ def test_create_keeps_what_is_there(root):
     assert root.create("plan", b"other") == b"other"
 
 
+@pytest.fixture(params=["a folder", "memory"])
+def either(request, tmp_path):
+    """A folder, or objects of which many are written at once."""
+    return Root.of(
+        tmp_path / "run.acts.zarr" if request.param == "a folder" else f"memory://{tmp_path.name}/run.acts.zarr"
+    )
+
+
+def test_many_are_created_and_what_is_there_stays(either):
+    values = {f"{number}/zarr.json": b"%d" % number for number in range(150)}
+    either.write("7/zarr.json", b"theirs")
+    either.create_all(values)
+    assert list(either.read_all(values)) == [b"theirs" if key.startswith("7/") else values[key] for key in values]
+    either.create_all({})
+
+
+def test_many_are_written_over_what_is_there(either):
+    values = {f"{number}/zarr.json": b"%d" % number for number in range(150)}
+    either.write("7/zarr.json", b"theirs")
+    either.write_all(values)
+    assert dict(zip(values, either.read_all(values), strict=True)) == values
+
+
+def test_what_another_removes_while_many_are_created_is_written_again(monkeypatch):
+    root, begin = Root.of("memory://removed/run.acts.zarr"), Root._begin
+
+    def busy(self, doing, start, **details):
+        if doing == "write a" and root.read("b") is None:
+            refused = SimpleNamespace(result=lambda timeout: None)  # as b"a" is there, and is gone when it is read
+            return Operation(doing, lambda: refused, self.place.patience(0))
+        return begin(self, doing, start, **details)
+
+    monkeypatch.setattr(Root, "_begin", busy)
+    root.create_all({"a": b"1", "b": b"2"})
+    assert list(root.read_all("ab")) == [b"1", b"2"]
+
+
 def test_everybody_who_creates_at_once_gets_the_same(tmp_path):
     """Each thread has a root of its own, with connections of its own, and an answer of its own."""
     for attempt in range(10):
@@ -131,7 +168,8 @@ def test_create_writes_again_what_another_removes_in_between(root, monkeypatch):
     def busy(self, doing, start, **details):
         calls.append(doing)
         if len(calls) == 2:
-            return SimpleNamespace(result=lambda: None)  # refused, and then removed
+            refused = SimpleNamespace(result=lambda timeout: None)  # and then removed
+            return Operation(doing, lambda: refused, self.place.patience(0))
         return begin(self, doing, start, **details)
 
     monkeypatch.setattr(Root, "_begin", busy)

@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorstore as ts
 
@@ -19,8 +19,9 @@ from actstore.kvstore.place import Place
 from actstore.kvstore.remote import RemotePlace, unanswered, unwritten
 from actstore.kvstore.waiting import Operation
 
+Item = TypeVar("Item")
 MAX_OBJECT_BYTES = 16 << 20  # of plan, marker, metadata: those of 10^6 samples have a few kB
-READS_AT_ONCE = 64  # of small objects
+AT_ONCE = 64  # requests for small objects
 CREATE_TRIES = 8  # of an object that others remove as soon as it is there, as claims are
 
 
@@ -96,11 +97,8 @@ class Root:
         Raises:
             CorruptStoreError: one is larger than 16 MiB, or is no file; nothing of it was read.
         """
-        remaining = iter(keys)
-        while group := list(itertools.islice(remaining, READS_AT_ONCE)):
-            self.place.look_all(group, MAX_OBJECT_BYTES)
-            for reading in [self._reading(key) for key in group]:
-                yield self._value(reading.result())
+        for _, found in self._read_all(keys):
+            yield self._value(found)
 
     def begin_range(self, doing: str, key: str, span: slice) -> Operation[Any]:
         """Begins to read a part of an object that has it: its `value` are bytes, its `state` is `missing` without it.
@@ -134,7 +132,17 @@ class Root:
     def write(self, key: str, value: bytes) -> None:
         """Writes the object under `key`, replacing what is there. Durable when it returns."""
         self.refuse_link(key)
-        self._begin(f"write {key}", lambda kv: kv.write(key, value), size=len(value), sound=unwritten).result()
+        self._writing(key, value).result()
+
+    def write_all(self, values: Mapping[str, bytes]) -> None:
+        """Writes small objects, in a bucket 64 at once; in no order. Durable when it returns."""
+        if self.is_local:
+            for key, value in values.items():
+                self.write(key, value)
+            return
+        for group in _groups(values.items()):
+            for writing in [self._writing(key, value) for key, value in group]:
+                writing.result()
 
     def write_pieces(self, key: str, pieces: Iterable[memoryview]) -> None:
         """Writes one object from pieces that are taken one after the other. Durable when it returns.
@@ -164,6 +172,20 @@ class Root:
             f"could not write {key} of {self.url}: it was gone each of {CREATE_TRIES} times; expected that it stays: "
             "find out what removes it, then run the same command again"
         )
+
+    def create_all(self, values: Mapping[str, bytes]) -> None:
+        """Writes each of some small objects unless there is one, in a bucket 64 at once; in no order."""
+        if self.is_local:
+            for key, value in values.items():
+                self.create(key, value)
+            return
+        missing = {key: found for key, found in self._read_all(values) if found.state != "value"}
+        for group in _groups(missing.items()):
+            for writing in [self._writing_if(key, values[key], found.stamp.generation) for key, found in group]:
+                writing.result()
+        for key, found in self._read_all(missing):
+            if found.state != "value":
+                self.create(key, values[key])
 
     def replace(self, key: str, old: bytes, value: bytes) -> bytes:
         """Writes the object under `key` if it is `old` still, and returns what is there afterwards; b"" for nothing.
@@ -287,8 +309,21 @@ class Root:
     def _write_if(self, key: str, value: bytes, generation: Any) -> Any:
         """Writes under a condition, and reads what is there afterwards."""
         self.refuse_link(key)
-        self._begin(f"write {key}", lambda kv: kv.write(key, value, if_equal=generation)).result()
+        self._writing_if(key, value, generation).result()
         return self._reading(key).result()
+
+    def _writing(self, key: str, value: bytes) -> Operation[Any]:
+        return self._begin(f"write {key}", lambda kv: kv.write(key, value), size=len(value), sound=unwritten)
+
+    def _writing_if(self, key: str, value: bytes, generation: Any) -> Operation[Any]:
+        return self._begin(f"write {key}", lambda kv: kv.write(key, value, if_equal=generation))
+
+    def _read_all(self, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        """Key and answer of many small objects; 64 are under way at once."""
+        for group in _groups(keys):
+            self.place.look_all(group, MAX_OBJECT_BYTES)
+            for key, reading in [(key, self._reading(key)) for key in group]:
+                yield key, reading.result()
 
     def _reading(self, key: str) -> Operation[Any]:
         return self._begin(f"read {key}", lambda kv: kv.read(key), sound=unanswered)
@@ -299,6 +334,13 @@ class Root:
     @staticmethod
     def _value(found: Any) -> bytes | None:
         return bytes(found.value) if found.state == "value" else None
+
+
+def _groups(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """So many as are asked for at once."""
+    remaining = iter(items)
+    while group := list(itertools.islice(remaining, AT_ONCE)):
+        yield group
 
 
 def _after(prefix: str) -> str:
