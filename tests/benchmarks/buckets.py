@@ -35,7 +35,7 @@ from servers.server import Missing, Server
 
 WIDTH, LAYERS, BATCH = 896, (6, 12, 18, 23), 4096
 SITE = Site("resid_post", WIDTH, LAYERS)
-LAYOUT = Layout((SITE,), 64 << 10, 32 << 10, 256)  # two blocks, shards of 59 MB, 470 MB in all
+LAYOUT = Layout((SITE,), 128 << 10, 32 << 10, 256)  # four blocks, shards of 59 MB, 940 MB in all
 COUNTED = Layout((SITE,), 32 << 10, 8 << 10, 256)  # four blocks: requests do not depend on the size of a shard
 READ, READ_RAW = "read/run.acts.zarr", "read/raw"
 WRITTEN, WRITTEN_RAW = "written/run.acts.zarr", "written/raw"
