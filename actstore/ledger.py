@@ -11,7 +11,7 @@ of its own. The root group says which generation is complete; until the next one
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -478,12 +478,9 @@ def seal(root: Root, plan: Plan) -> None:
         _check_base(root, plan)
     if plan.documents is not None and not has_table(root, plan):
         raise UnfinishedStoreError(f"{root.url} cannot be sealed: its documents are not written; write them, then seal")
-    found = root.read_all(marker_key(block, plan.generation) for block in plan.blocks)
-    markers = tuple(parsed_marker(root, plan, block, data) for block, data in zip(plan.blocks, found, strict=True))
     _refuse_lost_shards(root, plan)
-    manifest = Manifest(format=FORMAT, fingerprint=plan.fingerprint, blocks=markers).to_json()
-    root.write(key_in(plan.generation, MANIFEST_KEY), manifest)
-    gathered = Ranges.of(plan, markers)
+    manifest_sha256, bounds = _write_manifest(root, plan)
+    gathered = Ranges.of(plan, bounds)
     ranges = None if gathered is None else gathered.to_json()
     if ranges is not None:
         root.write(key_in(plan.generation, RANGES_KEY), ranges)
@@ -498,10 +495,34 @@ def seal(root: Root, plan: Plan) -> None:
     seal = Seal(
         format=FORMAT,
         fingerprint=plan.fingerprint,
-        manifest_sha256=hashlib.sha256(manifest).hexdigest(),
+        manifest_sha256=manifest_sha256,
         ranges_sha256=None if ranges is None else hashlib.sha256(ranges).hexdigest(),
     )
     root.write(key_in(plan.generation, SEAL_KEY), seal.to_json())
+
+
+def _write_manifest(root: Root, plan: Plan) -> tuple[str, list[dict[str, tuple[int, int]]]]:
+    """Joins all markers; the SHA-256 of them, and the ranges of each.
+
+    Each marker is read, compared with the plan, written and dropped: all of them may be larger than memory. A bucket
+    takes them as one object, which is in memory while it is sent.
+    """
+    found = root.read_all(marker_key(block, plan.generation) for block in plan.blocks)
+    digest, bounds = hashlib.sha256(), list[dict[str, tuple[int, int]]]()
+
+    def markers() -> Iterator[Marker]:
+        for block, data in zip(plan.blocks, found, strict=True):
+            marker = parsed_marker(root, plan, block, data)
+            bounds.append(marker.ranges)
+            yield marker
+
+    def pieces() -> Iterator[memoryview]:
+        for piece in Manifest.pieces(plan.fingerprint, markers()):
+            digest.update(piece)
+            yield memoryview(piece)
+
+    root.write_pieces(key_in(plan.generation, MANIFEST_KEY), pieces())
+    return digest.hexdigest(), bounds
 
 
 def read_ranges(root: Root, plan: Plan) -> Ranges | None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
@@ -328,6 +328,15 @@ class Manifest(StoredDocument):
     fingerprint: Fingerprint
     blocks: tuple[Marker, ...]
 
+    @classmethod
+    def pieces(cls, fingerprint: str, markers: Iterable[Marker]) -> Iterator[bytes]:
+        """The bytes of a manifest, marker by marker: all of them may be more than fit into memory."""
+        before, after = canonical_json({"blocks": [], "fingerprint": fingerprint, "format": FORMAT}).split(b"[]")
+        yield before + b"["
+        for number, marker in enumerate(markers):
+            yield (b"," if number else b"") + marker.to_json()
+        yield b"]" + after
+
 
 class Ranges(StoredDocument):
     """The ranges of all markers, written when the store is sealed: which blocks can hold a value, in one small read.
@@ -341,14 +350,17 @@ class Ranges(StoredDocument):
     columns: dict[str, Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]]
 
     @classmethod
-    def of(cls, plan: Plan, markers: Sequence[Marker]) -> "Ranges | None":
-        """The ranges of a generation; None where a marker is from before there were any, or they would be too large."""
+    def of(cls, plan: Plan, ranges: Sequence[Mapping[str, tuple[int, int]]]) -> "Ranges | None":
+        """The ranges of a generation, from those of each marker.
+
+        None where a marker is from before there were any, or they would be too large.
+        """
         names = plan.layout.integer_columns
-        if not names or not plan.adds_samples or not all(marker.ranges for marker in markers):
+        if not names or not plan.adds_samples or not all(ranges):
             return None
-        if 24 * len(names) * len(markers) > MAX_DOCUMENT_BYTES:
+        if 24 * len(names) * len(ranges) > MAX_DOCUMENT_BYTES:
             return None
-        bounds = {name: np.array([marker.ranges[name] for marker in markers], "<i8").T for name in names}
+        bounds = {name: np.array([each[name] for each in ranges], "<i8").T for name in names}
         columns = {name: base64.b64encode(values.tobytes()).decode() for name, values in bounds.items()}
         return cls(format=FORMAT, fingerprint=plan.fingerprint, columns=columns)
 

@@ -1,16 +1,21 @@
 """Switches the shape checks on, and makes the small stores that tests share."""
 
+import os
+
 import jaxtyping
 from jaxtyping import install_import_hook
 
 install_import_hook(["actstore", "extract"], "typecheck.checked")  # before anything imports them
 
 from collections.abc import Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
+from unittest import mock  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from servers.everywhere import Started, started  # noqa: E402
+from servers.everywhere import Reached, Started, started  # noqa: E402
+from servers.server import Missing, Server  # noqa: E402
 from stores import Contents, make_contents  # noqa: E402
 
 settings.register_profile("shared", deadline=None, max_examples=40)  # a busy machine is not a failure
@@ -40,6 +45,22 @@ def started_servers() -> Iterator[Started]:
     """Servers with buckets by name, each started when a test first asks for it. Use prefixes of your own."""
     with started() as servers:
         yield servers
+
+
+@pytest.fixture(scope="session")
+def reached(started_servers: Started) -> Reached:
+    """Gives a server by its name, which clients inside find by the environment; skips where it cannot be had."""
+
+    @contextmanager
+    def reach(name: str) -> Iterator[Server]:
+        try:
+            server = started_servers[name]
+        except Missing as error:
+            pytest.skip(f"NOT RUN: {error}")
+        with mock.patch.dict(os.environ, server.client_environ()):
+            yield server
+
+    return reach
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import xarray as xr
 from bucket_processes import stored, values
-from servers.everywhere import Started
+from servers.everywhere import Reached
 from servers.moto import NAME as MOTO
-from servers.server import Missing, Server
+from servers.server import Server
 from servers.strict_gcs import NAME as STRICT_GCS
 from stores import tree
 
@@ -51,14 +51,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture(params=[MOTO, STRICT_GCS])
-def server(request: pytest.FixtureRequest, started_servers: Started, monkeypatch: pytest.MonkeyPatch) -> Server:
-    try:
-        found = started_servers[request.param]
-    except Missing as error:
-        pytest.skip(f"NOT RUN: {error}")
-    for name, value in found.client_environ().items():
-        monkeypatch.setenv(name, value)
-    return found
+def server(request: pytest.FixtureRequest, reached: Reached) -> Iterator[Server]:
+    with reached(request.param) as found:
+        yield found
 
 
 def committed(server: Server, key: str) -> int:

@@ -12,9 +12,9 @@ import pytest
 from bucket_processes import QUICK, Outcome, Processes, check, read, small_contents, stored, write
 from fault_proxy import FAULTS, OF_AN_ACCOUNT, FaultProxy, Kind, Rule
 from kill_points import unchecked
-from servers.everywhere import Started
+from servers.everywhere import Reached
 from servers.moto import NAME as MOTO
-from servers.server import Missing, Server
+from servers.server import Server
 from servers.strict_gcs import NAME as STRICT_GCS
 from stores import tree
 
@@ -75,15 +75,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module", params=[MOTO, STRICT_GCS])
-def server(request: pytest.FixtureRequest, started_servers: Started) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, reached: Reached) -> Iterator[Server]:
     """A bucket with one whole store, `whole.acts.zarr`."""
-    try:
-        found = started_servers[request.param]
-    except Missing as error:
-        pytest.skip(f"NOT RUN: {error}")
-    with pytest.MonkeyPatch.context() as patch, unchecked():
-        for name, value in found.client_environ().items():
-            patch.setenv(name, value)
+    with reached(request.param) as found, unchecked():
         write(found.url("whole.acts.zarr"))
         yield found
 

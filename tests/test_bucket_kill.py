@@ -6,8 +6,7 @@ import pytest
 from bucket_processes import Processes
 from bucket_storm import SERVERS, Storm
 from kill_points import unchecked
-from servers.everywhere import Started
-from servers.server import Missing
+from servers.everywhere import Reached
 
 pytestmark = pytest.mark.slow  # of the protocol and not of the Python
 
@@ -20,18 +19,9 @@ def processes() -> Iterator[Processes]:
 
 @pytest.fixture(scope="module", params=SERVERS)
 def storm(
-    request: pytest.FixtureRequest,
-    started_servers: Started,
-    processes: Processes,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, reached: Reached, processes: Processes, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Storm]:
-    try:
-        server = started_servers[request.param]
-    except Missing as error:
-        pytest.skip(f"NOT RUN: {error}")
-    with pytest.MonkeyPatch.context() as patch, unchecked():
-        for name, value in server.client_environ().items():
-            patch.setenv(name, value)
+    with reached(request.param) as server, unchecked():
         yield Storm(server, processes, tmp_path_factory.mktemp(request.param))
 
 

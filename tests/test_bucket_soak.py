@@ -10,8 +10,8 @@ from bucket_processes import LAYOUT, QUICK, Processes
 from bucket_soak import RULES, SERVERS, BucketSoak
 from fault_proxy import FaultProxy, Rule
 from kill_points import unchecked
-from servers.everywhere import Started
-from servers.server import Missing, Server
+from servers.everywhere import Reached
+from servers.server import Server
 
 pytestmark = pytest.mark.slow  # of the protocol and not of the Python
 
@@ -23,16 +23,8 @@ def processes() -> Iterator[Processes]:
 
 
 @pytest.fixture(params=SERVERS)
-def server(
-    request: pytest.FixtureRequest, started_servers: Started, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Server]:
-    try:
-        found = started_servers[request.param]
-    except Missing as error:
-        pytest.skip(f"NOT RUN: {error}")
-    for name, value in found.client_environ().items():
-        monkeypatch.setenv(name, value)
-    with unchecked():
+def server(request: pytest.FixtureRequest, reached: Reached) -> Iterator[Server]:
+    with reached(request.param) as found, unchecked():
         yield found
 
 

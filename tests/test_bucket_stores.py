@@ -9,8 +9,8 @@ import xarray as xr
 import zarr
 from bucket_processes import LAYOUT, Processes, as_files, small_contents, stored, values
 from kill_points import check_kept
-from servers.everywhere import SERVERS, Started
-from servers.server import Missing, Server
+from servers.everywhere import SERVERS, Reached
+from servers.server import Server
 from servers.static_http import static_http
 from stores import tree
 
@@ -34,14 +34,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture(params=SERVERS)
-def server(request: pytest.FixtureRequest, started_servers: Started, monkeypatch: pytest.MonkeyPatch) -> Server:
-    try:
-        found = started_servers[request.param]
-    except Missing as error:
-        pytest.skip(f"NOT RUN: {error}")
-    for name, value in found.client_environ().items():
-        monkeypatch.setenv(name, value)
-    return found
+def server(request: pytest.FixtureRequest, reached: Reached) -> Iterator[Server]:
+    with reached(request.param) as found:
+        yield found
 
 
 def test_four_writers_of_which_one_is_killed_leave_what_every_reader_reads(

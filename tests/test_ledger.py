@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tracemalloc
 
 import pytest
 import xxhash
@@ -24,6 +25,7 @@ from actstore.ledger import (
     committed_blocks,
     create_nodes,
     create_plan,
+    marker_key,
     missing_blocks,
     read_marker,
     read_plan,
@@ -33,6 +35,7 @@ from actstore.ledger import (
     write_assets,
     write_marker,
 )
+from actstore.metadata import shard_key
 from actstore.schema import Manifest, Marker, Seal, canonical_json
 
 SMALL = make_contents(Layout((Site("resid_post", 3, (0, 4)),), 11, 4, 2), documents=False)
@@ -295,7 +298,7 @@ def test_a_sealed_store_takes_no_nodes_and_no_writer(written):
 def stop_at(monkeypatch, number):
     """The `number`-th write of an object fails, and all after it: as if the process had been killed there."""
     left = iter(range(number))
-    for name in ("write", "create"):
+    for name in ("write", "write_pieces", "create"):
         real = getattr(Root, name)
 
         def cut(root, key, value, real=real):
@@ -335,6 +338,36 @@ def test_a_seal_may_be_cut_off_anywhere(ready, tmp_path, monkeypatch):
         assert tree(path) == expected
         cuts += 1
     assert cuts == 2 + 7 + 2  # manifest, ranges, seven arrays, group and seal: each was cut off once
+
+
+def test_sealing_holds_no_more_than_the_markers_that_it_reads_at_once(root):
+    """256 markers of 64 KiB, of which 64 are read at once."""
+    layout = Layout((Site("x", 1, (0,)),), 256 * 8192, 8192, 1, columns=())
+    plan = Plan.make(layout, {})
+    create_plan(root, plan)
+    create_nodes(root, plan)
+    digests = {"x": ("0" * 32,), "x_norm": ("0" * 32,)}
+    for block in plan.blocks:
+        marker = Marker(
+            format=1, block=block, samples=plan.block_range(block), fingerprint=plan.fingerprint, checksums=digests,
+            chunks={"x": ("0123cdef" * 8192,)},
+        )  # fmt: skip
+        for key, data in {
+            shard_key(layout.sites[0], 0, block): b"a shard",
+            marker_key(block): marker.to_json(),
+        }.items():
+            (root.path / key).parent.mkdir(parents=True, exist_ok=True)
+            (root.path / key).write_bytes(data)
+    tracemalloc.start()
+    try:
+        seal(root, plan)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    size = (root.path / ".act/manifest.json").stat().st_size
+    assert size > 256 * 65536
+    assert peak < size / 2
+    assert read_status(root, plan) == "complete"
 
 
 def test_a_start_may_be_cut_off_anywhere(ready, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def write_huge(url: Path, *, document: int) -> Path:
         Marker(**fields, block=block, samples=HUGE_LAYOUT.block_range(block), checksums={}, ranges={"document": bounds})
         for block, bounds in enumerate(zip(lowest.tolist(), highest.tolist(), strict=True))
     ]
-    ranges = Ranges.of(plan, markers)
+    ranges = Ranges.of(plan, [marker.ranges for marker in markers])
     assert ranges is not None
     root.write(RANGES_KEY, ranges.to_json())
     digest = hashlib.sha256(ranges.to_json()).hexdigest()

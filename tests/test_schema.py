@@ -56,6 +56,12 @@ def test_a_document_comes_back_as_it_was(document):
     assert json.loads(data)["format"] == 1
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_pieces_of_a_manifest_are_its_json(count):
+    whole = Manifest(format=1, fingerprint=PLAN.fingerprint, blocks=(MARKER,) * count)
+    assert b"".join(Manifest.pieces(PLAN.fingerprint, iter(whole.blocks))) == whole.to_json()
+
+
 @given(JSON)
 def test_canonical_json_says_the_same_as_json(value):
     data = canonical_json(value)

@@ -1,7 +1,7 @@
 """The table of all servers that take writes, by name: how each is started."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Protocol
@@ -23,6 +23,8 @@ class Start(Protocol):
     def __call__(self) -> AbstractContextManager[Server]: ...
 
 
+Reached = Callable[[str], AbstractContextManager[Server]]
+"""Gives a server by its name: the fixture `reached`."""
 SERVERS: Mapping[str, Start] = MappingProxyType(
     {MOTO: moto, LOCALBUCKET: localbucket, FAKE_GCS: fake_gcs, STRICT_GCS: strict_gcs}
 )

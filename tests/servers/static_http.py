@@ -8,16 +8,16 @@ import argparse
 import contextlib
 import hashlib
 import re
-import socket
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from servers.handler import Handler
 from servers.server import Server, free_port, running
 
 NAME = "static-http"
@@ -31,17 +31,8 @@ def static_http(folder: Path) -> Iterator[Server]:
         yield Server(NAME, "http", f"http://127.0.0.1:{port}", {})
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16
+class _Handler(Handler):
     folder: Path
-
-    def setup(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        super().setup()
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         path = self.folder / unquote(urlsplit(self.path).path).lstrip("/")

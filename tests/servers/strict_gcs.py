@@ -17,12 +17,11 @@ import hashlib
 import itertools
 import json
 import re
-import socket
 import sys
 import threading
 from base64 import b64encode
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -30,6 +29,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from servers.handler import Handler
 from servers.server import Server, free_port, running
 
 TOKEN = "may-do-all"
@@ -142,17 +142,8 @@ def _whole_number(query: dict[str, str], name: str, default: int = 0) -> int:
     return int(query.get(name, default))
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16  # headers and body leave together: no delayed acknowledgement of 40 ms
+class _Handler(Handler):
     server: StrictGcs
-
-    def setup(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        super().setup()
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         self._answer_or_refuse()
