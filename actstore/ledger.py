@@ -478,7 +478,6 @@ def seal(root: Root, plan: Plan) -> None:
         _check_base(root, plan)
     if plan.documents is not None and not has_table(root, plan):
         raise UnfinishedStoreError(f"{root.url} cannot be sealed: its documents are not written; write them, then seal")
-    _refuse_lost_shards(root, plan)
     manifest_sha256, bounds = _write_manifest(root, plan)
     gathered = Ranges.of(plan, bounds)
     ranges = None if gathered is None else gathered.to_json()
@@ -502,10 +501,13 @@ def seal(root: Root, plan: Plan) -> None:
 
 
 def _write_manifest(root: Root, plan: Plan) -> tuple[str, list[dict[str, tuple[int, int]]]]:
-    """Joins all markers; the SHA-256 of them, and the ranges of each.
+    """Joins all markers; the SHA-256 of them, and the ranges of each. Nothing is there if one of them is refused.
 
     Each marker is read, compared with the plan, written and dropped: all of them may be larger than memory. A bucket
     takes them as one object, which is in memory while it is sent.
+
+    Raises:
+        CorruptStoreError: a marker is not of this plan, or a shard of a committed block is gone.
     """
     found = root.read_all(marker_key(block, plan.generation) for block in plan.blocks)
     digest, bounds = hashlib.sha256(), list[dict[str, tuple[int, int]]]()
@@ -515,6 +517,7 @@ def _write_manifest(root: Root, plan: Plan) -> tuple[str, list[dict[str, tuple[i
             marker = parsed_marker(root, plan, block, data)
             bounds.append(marker.ranges)
             yield marker
+        _refuse_lost_shards(root, plan)
 
     def pieces() -> Iterator[memoryview]:
         for piece in Manifest.pieces(plan.fingerprint, markers()):

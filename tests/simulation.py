@@ -216,10 +216,10 @@ def model_host(disk: Disk, steps: Steps, rank: int, count: int) -> Request:
         return
     if steps.documents and (yield from disk.read(TABLE_KEY)) is None:
         return
-    for site in steps.sites:
-        yield from disk.keys(f"{site}/c/")
     for number in range(steps.blocks):
         yield from disk.read(marker_key(number))
+    for site in steps.sites:
+        yield from disk.keys(f"{site}/c/")
     for key in (MANIFEST_KEY, RANGES_KEY):
         yield from disk.put(key, whole[key])
     yield from disk.read("zarr.json")

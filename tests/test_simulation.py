@@ -308,7 +308,8 @@ LATER = "(lambda key, pieces: self.__dict__.setdefault('late', []).append((key, 
 AT_LAST = "[self.root.write_pieces(*put) for put in self.__dict__.pop('late')]"
 SEALED_BLOCKS = [
     ("    found = root", "    blocks = committed_blocks(root, plan)\n    found = root"),
-    ("in plan.blocks)\n    markers", "in blocks)\n    markers"), ("zip(plan.blocks, found", "zip(blocks, found"),
+    ("in plan.blocks)\n    digest", "in blocks)\n    digest"), ("zip(plan.blocks, found", "zip(blocks, found"),
+    ("        _refuse_lost_shards(root, plan)", ""),
 ]  # fmt: skip
 MUTANTS: dict[str, tuple[bool, list[tuple[Any, str, list[tuple[str, str]]]]]] = {
     "marker before shards": (False, [
@@ -324,7 +325,7 @@ MUTANTS: dict[str, tuple[bool, list[tuple[Any, str, list[tuple[str, str]]]]]] = 
     ]),
     "no padding": (False, [(Writer, "_padded", [("if not missing:", "if True:")])]),
     "seal before all markers": (False, [
-        (ledger, "seal", [("if missing:", "if False:"), *SEALED_BLOCKS, ("    _refuse_lost_shards(root, plan)", "")]),
+        (ledger, "seal", [("if missing:", "if False:")]), (ledger, "_write_manifest", SEALED_BLOCKS),
     ]),
     "a block is done when it is valid": (False, [
         (ledger, "committed_blocks", [("key_in(plan.generation, MARKER_FOLDER)", '"valid/c/"')]),
