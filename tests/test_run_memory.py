@@ -25,7 +25,7 @@ kept = []
 
 def show(state):
     if keep:
-        kept.append(bytearray(b"x") * (layout.block_bytes // 128))
+        kept.append(bytearray(b"x") * (layout.block_bytes // 64))
 
 
 state = extract.run(plan, str(folder / f"{block_samples}.acts.zarr"), progress=show)

@@ -153,6 +153,14 @@ def test_waiting_ends():
     assert time.monotonic() - begun < 10
 
 
+def test_when_time_is_over_after_a_pause_the_reason_is_what_was_said_before_it(monkeypatch):
+    real, slept = time.sleep, []
+    monkeypatch.setattr(time, "sleep", lambda seconds: (slept.append(seconds), real(1.6 * len(slept))))
+    with pytest.raises(StorageError, match="503 SlowDown; the storage is busy"):
+        operation(lambda: Future(BUSY), lambda: Future(BUSY), seconds=1.5).result()
+    assert slept
+
+
 def test_what_does_not_pass_is_not_tried_again():
     with pytest.raises(StoragePermissionError):
         operation(lambda: Future(ValueError(s3("PERMISSION_DENIED: ", 403, "AccessDenied")))).result()

@@ -69,18 +69,24 @@ class Operation(Generic[Result]):
                         return answer
                     raise ValueError(f"UNAVAILABLE: {wrong}")  # as if the storage had said it
                 except ValueError as error:
-                    left = self._patience.seconds - (time.monotonic() - self._begun)
-                    if not (self._patience.again and may_pass(str(error)) and left > pause):
+                    if not (self._patience.again and may_pass(str(error)) and self._left > pause):
                         raise
                     LOGGER.warning(
                         "storage: could not %s: %s; trying again, for %.0f s more",
                         self._doing,
                         reason(str(error)),
-                        left,
+                        self._left,
                     )
-                time.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311  so that many hosts do not come back at once
+                    time.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311  many hosts should not come back at once
+                    if self._left <= 0:
+                        raise  # says more than that there was no answer
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 self._future = self._start()
+
+    @property
+    def _left(self) -> float:
+        """Seconds until the time is over."""
+        return self._patience.seconds - (time.monotonic() - self._begun)
 
     def _wait(self) -> Any:
         """Waits for one attempt, and says so now and then.
