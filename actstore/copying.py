@@ -3,7 +3,8 @@
 What is copied is known from the plan, so that the source need not be listed. Every object is compared on its way with
 what vouches for it: rows, norms and columns with their commit markers, documents with their marker, the rest with its
 own checksum. Markers follow the rows of their blocks and the root group comes last: a copy that was stopped looks
-unfinished, and the same call continues it.
+unfinished, and the same call continues it. What is there already counts as copied where the target has the same marker
+for it, and only there.
 """
 
 import dataclasses
@@ -21,11 +22,12 @@ import xxhash
 from crc32c import crc32c
 from jaxtyping import Shaped, UInt8
 
-from actstore.errors import CorruptStoreError, InputError
+from actstore.errors import CorruptStoreError, InputError, PlanMismatchError
 from actstore.gather import BLOCKS_TOGETHER, Source, compare, gather
 from actstore.kvstore import Root
 from actstore.ledger import (
     MANIFEST_KEY,
+    PLAN_KEY,
     RANGES_KEY,
     SEAL_KEY,
     TABLE_KEY,
@@ -35,12 +37,14 @@ from actstore.ledger import (
     lineage,
     marker_key,
     read_asset,
+    stored_generations,
+    write_manifest,
 )
 from actstore.metadata import array_metadata, documents_group, shard_key, table_group, table_groups
 from actstore.objects import Objects
 from actstore.reader import check_complete
-from actstore.schema import Plan, TableMarker, canonical_json
-from actstore.shards import CHECKSUM_BYTES
+from actstore.schema import Plan, Seal, TableMarker, canonical_json
+from actstore.shards import CHECKSUM_BYTES, packed_index
 from actstore.verify import MAX_ASSET_BYTES
 from actstore.vouchers import Vouchers
 
@@ -74,7 +78,8 @@ def copy(source: Root, target: Root, *, progress: Callable[[int, int, str], None
     Raises:
         StoreNotFoundError: there is no store at the source.
         UnfinishedStoreError: it is not complete.
-        PlanMismatchError: another store is at the target.
+        PlanMismatchError: another store is at the target, or more was appended to the one that is there. What is there
+            and not committed, or by another attempt, is written over.
         CorruptStoreError: an object of the source is missing or damaged; names site, layer and block.
         StorageError: the storage failed, on either side.
     """
@@ -108,6 +113,7 @@ class _Copy:
 
     def run(self) -> Copied:
         """Plans, then nodes and documents, then blocks with their markers, then what says that all is there."""
+        self._refuse_other()
         for plan in self._plans:
             create_plan(self._target, plan)
         self._there = set(self._target.keys(""))
@@ -117,13 +123,32 @@ class _Copy:
             self._documents(plan)
         self._blocks()
         for plan in self._plans:
-            for key in (MANIFEST_KEY, RANGES_KEY, SEAL_KEY):
-                self._small(key_in(plan.generation, key))
+            self._seal(plan)
         self._small("zarr.json")
         seconds = time.perf_counter() - self._started
         return Copied(
             self._source.url, self._target.url, self._done - self._before, self._before, self._bytes, seconds
         )  # fmt: skip
+
+    def _refuse_other(self) -> None:
+        """Refuses a target that would become older, and one that was finished with other rows.
+
+        Raises:
+            PlanMismatchError: says which.
+        """
+        there = stored_generations(self._target) if self._target.exists(PLAN_KEY) else 0
+        if there > len(self._plans):
+            raise PlanMismatchError(
+                f"{self._target.url} has {there} generations, expected at most the {len(self._plans)} of "
+                f"{self._source.url}: more was appended to it, which a copy would hide; choose another target"
+            )
+        seals = [key_in(plan.generation, SEAL_KEY) for plan in self._plans]
+        for key, ours, theirs in zip(seals, self._source.read_all(seals), self._target.read_all(seals), strict=True):
+            if theirs not in (None, ours):
+                raise PlanMismatchError(
+                    f"{self._target.url} is finished, and its {key} is not that of {self._source.url}: it is another "
+                    "run; choose another target"
+                )
 
     def _missing_bytes(self) -> int:
         """Bytes of activations that are not there yet."""
@@ -156,19 +181,27 @@ class _Copy:
         key, group = key_in(plan.generation, TABLE_KEY), table_group(plan.generation)
         if plan.documents is None:
             return
-        marker = TableMarker.from_json(self._required(key), where=f"{self._source.url}/{key}")
+        data, there = self._required(key), self._target.read(key)
+        marker = TableMarker.from_json(data, where=f"{self._source.url}/{key}")
+        if there not in (None, data):
+            raise PlanMismatchError(
+                f"{self._target.url} holds other documents of the same sizes; choose another target"
+            )
         with ThreadPoolExecutor(AT_ONCE, "actstore-copy") as pool:
             tables = [name for name in self._arrays if name.startswith(f"{group}/")]
             for _ in pool.map(
-                lambda name: self._table(name, marker.checksums.get(name.removeprefix(f"{group}/"))), tables
+                lambda name: self._table(
+                    name, marker.checksums.get(name.removeprefix(f"{group}/")), committed=there is not None
+                ),
+                tables,
             ):
                 pass
         self._small(key)
 
-    def _table(self, name: str, digest: str | None) -> None:
-        """One array of documents. What is there already is read again where something is missing."""
+    def _table(self, name: str, digest: str | None, *, committed: bool) -> None:
+        """One array of documents, unless the target has their marker and all of it."""
         keys = [f"{name}/c/{cell}" for cell in _cells(self._arrays[name])]
-        if self._there.issuperset(keys):
+        if committed and self._there.issuperset(keys):
             self._count(len(keys), before=True)
             return
         found, item, left = (
@@ -196,7 +229,7 @@ class _Copy:
         workers = max(min(AT_ONCE, MEMORY_BYTES // (3 * largest)), 1)
         pending: deque[tuple[int, list[Future[None]]]] = deque()
         markers: list[Future[None]] = []
-        flying = 0
+        flying, committed = 0, frozenset[int]()
         with (
             ThreadPoolExecutor(AT_ONCE, "actstore-markers") as small,
             ThreadPoolExecutor(workers, "actstore-copy") as pool,
@@ -204,8 +237,10 @@ class _Copy:
             try:
                 for block in range(layout.blocks):
                     if block % BLOCKS_TOGETHER == 0:
-                        self._vouchers.prepare(range(block, min(block + BLOCKS_TOGETHER, layout.blocks)))
-                    tasks = [pool.submit(self._one, *each) for each in self._objects_of(block)]
+                        together = range(block, min(block + BLOCKS_TOGETHER, layout.blocks))
+                        self._vouchers.prepare(together)
+                        committed = self._committed(together)
+                    tasks = [pool.submit(self._one, *each, block in committed) for each in self._objects_of(block)]
                     pending.append((block, tasks))
                     flying += len(tasks)
                     while pending and (flying > max(4 * AT_ONCE, self._in_block) or block == layout.blocks - 1):
@@ -224,6 +259,19 @@ class _Copy:
     def _markers_of(self, block: int) -> list[str]:
         return [marker_key(block, plan.generation) for plan in self._plans if block in plan.blocks]
 
+    def _committed(self, blocks: range) -> frozenset[int]:
+        """Those of the blocks that the target has with all their markers.
+
+        A marker that differs is removed: it vouches for rows that are written over.
+        """
+        keys = [key for block in blocks for key in self._markers_of(block) if key in self._there]
+        pairs = zip(keys, self._source.read_all(keys), self._target.read_all(keys), strict=True)
+        same = {key: ours == theirs for key, ours, theirs in pairs}
+        for key in keys:
+            if not same[key]:
+                self._target.delete(key)
+        return frozenset(block for block in blocks if all(same.get(key) for key in self._markers_of(block)))
+
     def _objects_of(self, block: int) -> Iterator[tuple[str, str, int, int]]:
         """Array, key, layer and block of each object of a block."""
         layout = self._plan.layout
@@ -237,9 +285,9 @@ class _Copy:
                 flat = f"{name}/c/{block}" if site.layers is None else f"{name}/c/{layer}/{block}"
                 yield name, shard_key(site, layer, block) if site.name == name else flat, layer, block
 
-    def _one(self, name: str, key: str, layer: int, block: int) -> None:
+    def _one(self, name: str, key: str, layer: int, block: int, committed: bool) -> None:  # noqa: FBT001  of a task
         """Copies one object; read again once if it is not what its marker says: a bit may flip on the way."""
-        if key in self._there:
+        if committed and key in self._there:
             self._count(1, before=True)
             return
         source = Source.open(self._source, self._plan, name, vouchers=self._vouchers)
@@ -279,6 +327,10 @@ class _Copy:
                 rows: Shaped[np.ndarray, "_"] = part[:chunk].view(source.array.dtype.numpy_dtype)
                 rows = rows.reshape(source.chunk_samples, *source.array.shape[-1:] * source.is_site)
                 compare(source, self._vouchers, layer, first, rows[: stop - first])
+        length = chunk + checksum
+        index = packed_index([number for place in range(count) for number in (place * length, length)])
+        if source.is_site and whole[count * length :].tobytes() != index:
+            raise CorruptStoreError(f"{where} has an index that is not that of its chunks; run `actstore verify`")
 
     def _object(self, key: str) -> bytes:
         """An object of the source. One request where it is not local.
@@ -307,6 +359,22 @@ class _Copy:
         if found is None:
             raise CorruptStoreError(f"{self._source.url}/{key} is missing; run `actstore verify` there")
         return found
+
+    def _seal(self, plan: Plan) -> None:
+        """Manifest, ranges and seal of a generation. The manifest is made of the markers: it may be larger than memory.
+
+        Raises:
+            CorruptStoreError: it is not the one of the source's seal.
+        """
+        seal, where = (key_in(plan.generation, key) for key in (SEAL_KEY, MANIFEST_KEY))
+        sealed = Seal.from_json(self._required(seal), where=f"{self._source.url}/{seal}")
+        digest, _ = write_manifest(self._target, plan)
+        if digest != sealed.manifest_sha256:
+            raise CorruptStoreError(
+                f"{self._source.url}/{where} is not made of the markers that are there; run `actstore verify` there"
+            )
+        for key in (RANGES_KEY, SEAL_KEY):
+            self._small(key_in(plan.generation, key))
 
     def _small(self, key: str) -> None:
         """Copies an object that nothing vouches for but what is above it, unless the same is there."""

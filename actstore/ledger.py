@@ -478,7 +478,7 @@ def seal(root: Root, plan: Plan) -> None:
         _check_base(root, plan)
     if plan.documents is not None and not has_table(root, plan):
         raise UnfinishedStoreError(f"{root.url} cannot be sealed: its documents are not written; write them, then seal")
-    manifest_sha256, bounds = _write_manifest(root, plan)
+    manifest_sha256, bounds = write_manifest(root, plan)
     gathered = Ranges.of(plan, bounds)
     ranges = None if gathered is None else gathered.to_json()
     if ranges is not None:
@@ -500,7 +500,7 @@ def seal(root: Root, plan: Plan) -> None:
     root.write(key_in(plan.generation, SEAL_KEY), seal.to_json())
 
 
-def _write_manifest(root: Root, plan: Plan) -> tuple[str, list[dict[str, tuple[int, int]]]]:
+def write_manifest(root: Root, plan: Plan) -> tuple[str, list[dict[str, tuple[int, int]]]]:
     """Joins all markers; the SHA-256 of them, and the ranges of each. Nothing is there if one of them is refused.
 
     Each marker is read, compared with the plan, written and dropped: all of them may be larger than memory. A bucket

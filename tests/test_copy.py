@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from appending import ADDITIONS
 from stores import LAYOUT, make_contents, tree
 from typer.testing import CliRunner
 
@@ -20,7 +21,8 @@ from actstore.errors import (
     UnfinishedStoreError,
 )
 from actstore.kvstore import Root
-from actstore.ledger import read_plan
+from actstore.ledger import create_plan, read_plan
+from actstore.repair import repair
 from actstore.verify import verify
 
 pytestmark = pytest.mark.slow  # of the protocol and not of the Python
@@ -28,6 +30,9 @@ pytestmark = pytest.mark.slow  # of the protocol and not of the Python
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.acts.zarr"))
 ZSTD = Layout(LAYOUT.sites, samples=53, block_samples=16, chunk_samples=4, columns=LAYOUT.columns, codec="zstd")
 PLAIN = Layout(LAYOUT.sites, samples=53, block_samples=16, chunk_samples=4, columns=LAYOUT.columns, codec="none")
+
+
+OF_A_BLOCK = 2 * sum(site.rows_per_sample for site in LAYOUT.sites) + len(LAYOUT.columns) + 1
 
 
 def objects(url) -> dict[str, bytes | None]:
@@ -80,13 +85,73 @@ def test_a_copy_that_fails_is_unfinished_and_is_continued(finished, tmp_path, mo
     if writes:
         with pytest.raises(UnfinishedStoreError):
             actstore.open(target)
-    there = len([key for key in tree(target) if "/c/" in key and "layer/" not in key])
+    committed = len([key for key in tree(target) if key.startswith(".act/commits/")])
+    tables = [key for key in tree(target) if key.startswith("documents/") and "/c/" in key]
+    known = len(tables) if (target / ".act/documents.json").exists() else 0
     done = actstore.copy(finished, target)
     assert tree(target) == tree(finished)
-    assert done.objects_before <= there
-    assert done.objects_before >= there - 9  # a table of documents that was begun is read again
+    assert done.objects_before == known + committed * OF_A_BLOCK
     again = actstore.copy(finished, target)
     assert (again.objects, again.bytes_copied) == (0, 0)
+
+
+@pytest.mark.parametrize("make", ADDITIONS.values(), ids=ADDITIONS.keys())
+def test_what_was_appended_is_copied_too(make, tmp_path):
+    """A short last block is written again when samples are appended: the copy has its first marker alone."""
+    addition = make()
+    source, target = addition.before.write(tmp_path / "run.acts.zarr"), tmp_path / "copy.acts.zarr"
+    actstore.copy(source, target)
+    before = tree(target)
+    addition.write(source)
+    actstore.copy(source, target)
+    assert tree(target) == tree(source) != before
+    older = tmp_path / "older.acts.zarr"
+    for key, data in before.items():
+        (older / key).parent.mkdir(parents=True, exist_ok=True)
+        (older / key).write_bytes(data)
+    with pytest.raises(PlanMismatchError, match=r"has 2 generations, expected at most the 1 of "):
+        actstore.copy(older, target)
+    assert tree(target) == tree(source)
+
+
+def test_a_copy_that_was_damaged_and_repaired_is_healed(finished, tmp_path):
+    target = tmp_path / "run.acts.zarr"
+    actstore.copy(finished, target)
+    damage(target / "resid_post/c/1/2/0")
+    root = Root.of(target)
+    repair(root, read_plan(root), verify(root, read_plan(root)))
+    assert actstore.copy(finished, target).objects > 0
+    assert tree(target) == tree(finished)
+
+
+@pytest.mark.parametrize("key", ["resid_post/c/1/2/0", "documents/text_bytes/c/0", ".act/commits/00000001.json"])
+def test_what_is_there_without_a_marker_does_not_count(finished, tmp_path, key):
+    target = tmp_path / "run.acts.zarr"
+    create_plan(Root.of(target), read_plan(Root.of(finished)))
+    (target / key).parent.mkdir(parents=True, exist_ok=True)
+    (target / key).write_bytes(b"")
+    actstore.copy(finished, target)
+    assert tree(target) == tree(finished)
+
+
+def test_rows_of_another_attempt_are_written_over_and_another_finished_run_is_refused(finished, tmp_path):
+    other = make_contents(seed=5)
+    target = other.write(tmp_path / "run.acts.zarr", blocks=[0, 2], seal=False)
+    actstore.copy(finished, target)
+    assert tree(target) == tree(finished)
+    whole = other.write(tmp_path / "whole.acts.zarr")
+    before = tree(whole)
+    with pytest.raises(PlanMismatchError, match=r"is finished, and its .act/SEALED.json is not that of .* another run"):
+        actstore.copy(finished, whole)
+    assert tree(whole) == before
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, PLAIN], ids=["crc32c", "none"])
+def test_a_damaged_index_is_not_copied(layout, tmp_path):
+    source = make_contents(layout).write(tmp_path / "run.acts.zarr")
+    damage(source / "resid_post/c/1/2/0", place=-30)
+    with pytest.raises(CorruptStoreError, match=r"block 2 of .* has an index that is not that of its chunks"):
+        actstore.copy(source, tmp_path / "copy.acts.zarr")
 
 
 DAMAGED = {

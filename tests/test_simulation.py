@@ -325,7 +325,7 @@ MUTANTS: dict[str, tuple[bool, list[tuple[Any, str, list[tuple[str, str]]]]]] = 
     ]),
     "no padding": (False, [(Writer, "_padded", [("if not missing:", "if True:")])]),
     "seal before all markers": (False, [
-        (ledger, "seal", [("if missing:", "if False:")]), (ledger, "_write_manifest", SEALED_BLOCKS),
+        (ledger, "seal", [("if missing:", "if False:")]), (ledger, "write_manifest", SEALED_BLOCKS),
     ]),
     "a block is done when it is valid": (False, [
         (ledger, "committed_blocks", [("key_in(plan.generation, MARKER_FOLDER)", '"valid/c/"')]),

@@ -137,7 +137,9 @@ def test_what_passes_is_tried_again_and_said(caplog):
 
 def test_waiting_is_said_now_and_then(caplog):
     assert operation(lambda: Future("there", 0.35)).result() == "there"
-    assert caplog.messages == ["storage: waiting 0 s for an answer to write x of s3://b/r"] * 3
+    assert 1 <= len(caplog.messages) <= 3  # fewer on a busy machine
+    for line in caplog.messages:
+        assert re.fullmatch(r"storage: waiting [01] s for an answer to write x of s3://b/r", line)
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
@@ -151,6 +153,12 @@ def test_waiting_ends():
     with pytest.raises(StorageError, match="503 SlowDown; the storage is busy"):
         operation(*[lambda: Future(BUSY)] * 9, seconds=1.5).result()
     assert time.monotonic() - begun < 10
+
+
+def test_an_answer_for_which_nobody_came_in_time_is_taken():
+    late = operation(lambda: Future("there"), seconds=0.1)
+    time.sleep(0.2)
+    assert late.result() == "there"
 
 
 def test_when_time_is_over_after_a_pause_the_reason_is_what_was_said_before_it(monkeypatch):

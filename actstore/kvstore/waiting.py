@@ -4,6 +4,7 @@ Lines go to the logger `actstore.storage` as warnings: Python shows them on stan
 elsewhere. `storage: waiting 20 s for an answer to write resid_post/c/0/3/0 of gs://bucket/run.acts.zarr`.
 """
 
+import contextlib
 import dataclasses
 import logging
 import random
@@ -98,6 +99,8 @@ class Operation(Generic[Result]):
             waited = time.monotonic() - self._begun
             left = self._patience.seconds - waited
             if left <= 0:
+                with contextlib.suppress(TimeoutError):
+                    return self._future.result(timeout=0)  # it may be there, and nobody came for it
                 raise StorageError(
                     f"could not {self._doing}: no answer in {waited:.0f} s; see whether the storage can be reached, "
                     "then run the same command again"
