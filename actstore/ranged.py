@@ -43,11 +43,12 @@ class RangedRows:
     ) -> "Reading | None":
         """Begins to read whole chunks of one block into `values`.
 
-        None where TensorStore is to do it: no marker vouches for all of them, they are compressed, or they are a whole
-        shard, which is one request for TensorStore too, and one copy less in memory.
+        None where TensorStore is to do it: no marker vouches for all of them; they are compressed, so that where they
+        lie is not known; or they are a whole shard that no cache is to keep, which is one request for TensorStore too,
+        and one copy less in memory.
         """
-        whole = self._site is not None and stop - start == self._layout.block_samples
-        if self._site is not None and (whole or self._layout.codec == "zstd") and self.root.cache is None:
+        whole = stop - start == self._layout.block_samples and self.root.cache is None
+        if self._site is not None and (whole or self._layout.codec == "zstd"):
             return None
         digests = [self._digest(layer, first, min(first + self.chunk_samples, stop))
                    for first in range(start, stop, self.chunk_samples)]  # fmt: skip

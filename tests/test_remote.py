@@ -4,6 +4,7 @@
 Requests are counted by TensorStore, on a moto server (see `servers.moto` for its start-up).
 """
 
+import dataclasses
 import logging
 import re
 import subprocess
@@ -61,6 +62,13 @@ def requests() -> int:
     """HTTP requests of this process so far."""
     (metric,) = ts.experimental_collect_matching_metrics("/tensorstore/http/request_started")
     return metric["values"][0]["value"]
+
+
+def received() -> int:
+    """Bytes of the answers to this process so far."""
+    (metric,) = ts.experimental_collect_matching_metrics("/tensorstore/http/response_bytes")
+    (found,) = metric["values"]
+    return round(found["mean"] * found["count"])
 
 
 def counted(work):
@@ -227,6 +235,21 @@ def test_what_was_read_is_read_from_the_folder(bucket, tmp_path):
     assert fetched == 2 * CONTENTS.layout.blocks  # the markers, which say what is right
     assert np.array_equal(rows, same)
     assert 0 < Cache(tmp_path / "near").size < 2 * CONTENTS.layout.data_bytes
+
+
+def test_a_cache_costs_compressed_stores_no_request_and_no_byte(bucket, tmp_path):
+    """Where their chunks lie is not known: they are read as without a cache."""
+    contents = make_contents(dataclasses.replace(CONTENTS.layout, codec="zstd"))
+    url = write(bucket.url("compressed/run.acts.zarr"), contents)
+    costs = {}
+    for cache in (None, tmp_path):
+        dataset, before = actstore.open(url, cache=cache).dataset(), received()
+        rows, some = counted(lambda dataset=dataset: dataset.mlp_out.isel(sample=[3, 30]).values)
+        everything, fetched = counted(lambda dataset=dataset: dataset.mlp_out.values)
+        costs[cache] = (some, fetched, received() - before)
+        assert np.array_equal(rows, contents.rows["mlp_out"][:, [3, 30]].astype(np.float32))
+        assert np.array_equal(everything, contents.rows["mlp_out"].astype(np.float32))
+    assert costs[tmp_path] == costs[None]
 
 
 def test_a_damaged_file_of_the_folder_is_fetched_again(url, tmp_path):
