@@ -7,6 +7,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -23,8 +25,9 @@ from servers.strict_gcs import strict_gcs
 pytestmark = pytest.mark.slow  # of the protocol and not of the Python
 
 KEY = "run.acts.zarr"
-LEAST = {"s3": ["s3:PutObject", "s3:GetObject", "s3:ListBucket"], "gs": frozenset({"put", "get", "list"})}
+LEAST = {"s3": ["s3:PutObject", "s3:GetObject", "s3:ListBucket"], "gs": frozenset({"put", "get", "list", "delete"})}
 READER = {"s3": ["s3:GetObject", "s3:ListBucket"], "gs": frozenset({"get", "list"})}
+CREATOR = {"s3": LEAST["s3"], "gs": frozenset({"put", "get", "list"})}  # Google's service has no writing over for it
 STRANGER = {"s3": ["s3:GetBucketLocation"], "gs": frozenset({"nothing"})}
 
 
@@ -38,7 +41,7 @@ def processes() -> Iterator[Processes]:
 def users() -> Iterator[dict[str, Server]]:
     """The bucket of each scheme as several users see it, by `s3 writer` and so on; a store lies in each."""
     with ExitStack() as stack:
-        rights: dict[str, Any] = {"writer": LEAST, "reader": READER, "stranger": STRANGER}
+        rights: dict[str, Any] = {"writer": LEAST, "reader": READER, "creator": CREATOR, "stranger": STRANGER}
         google = stack.enter_context(strict_gcs(**{name: each["gs"] for name, each in rights.items()}))
         found = {f"gs {name}": with_environ(google, GOOGLE_AUTH_TOKEN_FOR_TESTING=name) for name in rights}
         found["gs expired"] = with_environ(google, GOOGLE_AUTH_TOKEN_FOR_TESTING="of-yesterday")
@@ -60,12 +63,27 @@ def with_environ(server: Server, **variables: str) -> Server:
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_put_get_and_list_are_enough_to_write_and_get_and_list_to_read(
-    scheme: str, users: dict[str, Server], processes: Processes
-) -> None:
+def test_what_is_enough_to_write_and_to_read(scheme: str, users: dict[str, Server], processes: Processes) -> None:
+    """Put, get and list to write, and on Google's service delete, without which nothing is written over there."""
     assert processes.value(users[f"{scheme} writer"], "write", KEY) == [0, 1, 2, 3]
     assert processes.value(users[f"{scheme} reader"], "read", KEY) == "right"
     assert processes.value(users[f"{scheme} reader"], "check", KEY) == "complete"
+
+
+def test_the_strict_server_asks_for_delete_to_write_over(users: dict[str, Server]) -> None:
+    answers = {}
+    for user in ("creator", "writer"):
+        server = users[f"gs {user}"]
+        place = f"{server.endpoint}/upload/storage/v1/b/{server.bucket}/o?uploadType=media&name=over-{user}"
+        request = urllib.request.Request(place, b"x", {"Authorization": f"Bearer {user}"}, method="POST")
+        with urllib.request.urlopen(request, timeout=20) as first:
+            assert first.status == 200
+        try:
+            with urllib.request.urlopen(request, timeout=20) as second:
+                answers[user] = second.status
+        except urllib.error.HTTPError as error:
+            answers[user] = error.code
+    assert answers == {"creator": 403, "writer": 200}
 
 
 REFUSED = {  # who, what: the error and a part of its message
@@ -76,6 +94,7 @@ REFUSED = {  # who, what: the error and a part of its message
     ("s3 unknown key", "write"): ("CredentialsError", "403 InvalidAccessKeyId"),
     ("s3 no credentials", "read"): ("StoragePermissionError", "the storage answered 403"),
     ("gs reader", "write"): ("StoragePermissionError", "the storage answered 403"),
+    ("gs creator", "write"): ("StoragePermissionError", "Google Cloud asks for storage.objects.delete to write over"),
     ("gs stranger", "read"): ("StoragePermissionError", "the storage answered 403"),
     ("gs stranger", "write"): ("StoragePermissionError", "the storage answered 403"),
     ("gs expired", "read"): ("CredentialsError", "the storage answered 401"),

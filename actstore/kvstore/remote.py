@@ -127,7 +127,7 @@ class RemotePlace(Place):
 
         Raises:
             InputError: a web server.
-            StoragePermissionError: these credentials may not write here.
+            StoragePermissionError: these credentials may not write here, or, in Google Cloud, not delete.
             BucketError: there is no such bucket.
         """
         if self.address.scheme in ("http", "https"):
@@ -136,8 +136,11 @@ class RemotePlace(Place):
         self.begin(f"write {key}", lambda kv: kv.write(key, b""), sound=unwritten).result()
         try:
             self.begin(f"delete {key}", lambda kv: kv.write(key, None)).result()
-        except StorageError:  # writers need not be allowed to; it stays, empty
-            return
+        except StorageError as error:  # it stays, empty: elsewhere writers need not be allowed to
+            if self.address.scheme == "gs" and isinstance(error, StoragePermissionError):
+                raise type(error)(
+                    f"{error}; Google Cloud asks for storage.objects.delete to write over it too"
+                ) from None
 
     def check_space(self, need_bytes: int) -> None:
         """Buckets do not fill up."""

@@ -2,7 +2,8 @@
 
 Generations grow with every write and are compared as the service compares them: `ifGenerationMatch` and
 `ifGenerationNotMatch`, where 0 means that there is no such object; 412 where a condition fails, 304 where a read is not
-needed. Lists are in the order of UTF-8 bytes, a page holds 1,000 names. What a client may do is written per token.
+needed. Lists are in the order of UTF-8 bytes, a page holds 1,000 names. What a client may do is written per token; as
+at the service, to write over an object is to delete it, and needs both rights.
 Parameters that are not known are refused, so that no test believes in a condition that nobody looks at.
 
 Start-up: `python tests/servers/strict_gcs.py --port PORT --allow TOKEN=get,list,put,delete`, with one empty bucket,
@@ -95,11 +96,14 @@ class StrictGcs(ThreadingHTTPServer):
                 raise _Refused(404, f"No such object: {BUCKET}/{name}")
             return found
 
-    def write(self, name: str, data: bytes, conditions: dict[str, int]) -> _Object:
+    def write(self, name: str, data: bytes, conditions: dict[str, int], *, may_replace: bool) -> _Object:
         if not 0 < len(name.encode()) <= MOST_NAME_BYTES or name in {".", ".."} or re.search(r"[\r\n]", name):
             raise _Refused(400, f"Invalid object name: {name[:80]!r}")
         with self._lock:
-            _require(self._objects.get(name), conditions, reading=False)
+            found = self._objects.get(name)
+            _require(found, conditions, reading=False)
+            if found is not None and not may_replace:
+                raise _missing("delete")
             written = self._objects[name] = _Object(next(self._generations), data)
             return written
 
@@ -134,6 +138,10 @@ def _require(found: _Object | None, conditions: dict[str, int], *, reading: bool
         raise _Refused(412, "At least one of the pre-conditions you specified did not hold.")
     if conditions.get("ifGenerationNotMatch", -1) == generation:
         raise _Refused(304 if reading and found else 412, "At least one of the pre-conditions did not hold.")
+
+
+def _missing(right: str) -> _Refused:
+    return _Refused(403, f"the caller does not have storage.objects.{right} access, or it may not exist")
 
 
 def _whole_number(query: dict[str, str], name: str, default: int = 0) -> int:
@@ -180,8 +188,11 @@ class _Handler(Handler):
             raise _Refused(401, "Anonymous caller does not have storage.objects access")
         if token not in self.server.rights:
             raise _Refused(401, "Invalid Credentials")
-        if what not in self.server.rights[token]:
-            raise _Refused(403, f"the caller does not have storage.objects.{what} access, or it may not exist")
+        if not self._may(what):
+            raise _missing(what)
+
+    def _may(self, what: str) -> bool:
+        return what in self.server.rights[self.headers["Authorization"].partition(" ")[2]]
 
     def _conditions(self, query: dict[str, str], *more: str) -> dict[str, int]:
         if unknown := query.keys() - CONDITIONS - IGNORED - {*more}:
@@ -209,7 +220,8 @@ class _Handler(Handler):
     def _put(self, _: str, query: dict[str, str], body: bytes) -> None:
         if query.get("uploadType") != "media" or "name" not in query:
             raise _Refused(400, "this server takes uploadType=media with a name only")
-        written = self.server.write(query["name"], body, self._conditions(query, "uploadType", "name"))
+        conditions = self._conditions(query, "uploadType", "name")
+        written = self.server.write(query["name"], body, conditions, may_replace=self._may("delete"))
         self._send(200, json.dumps(_resource(query["name"], written)).encode())
 
     def _delete(self, name: str, query: dict[str, str], _: bytes) -> None:
