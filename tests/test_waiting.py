@@ -1,6 +1,7 @@
 """Waiting for storage: it ends, it is said, and what passes is tried again. Failures become errors without a secret."""
 
 import logging
+import os
 import re
 import socket
 import threading
@@ -20,7 +21,8 @@ from actstore.errors import (
     StoreError,
 )
 from actstore.kvstore import Limits, Operation, Root, storage_errors
-from actstore.kvstore.clouds import Profile, s3_settings
+from actstore.kvstore.addresses import Address
+from actstore.kvstore.clouds import Profile, s3_settings, spec_of, use_emulator
 from actstore.kvstore.failures import may_pass
 from actstore.kvstore.waiting import Patience
 
@@ -263,7 +265,10 @@ LAB = {"endpoint": "http://lab.example:9000", "aws_region": "us-east-2"}
 # name: the environment beside the files, the kind of credentials, what else is in the spec
 PLACES = {
     "keys": (KEYS, "environment", {}),
-    "profile before keys": ({**KEYS, "AWS_PROFILE": "lab"}, "profile", LAB),
+    "keys before profile": ({**KEYS, "AWS_PROFILE": "lab"}, "environment", LAB),
+    "an empty profile": ({**KEYS, "AWS_PROFILE": ""}, "environment", {}),
+    "empty keys": ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_PROFILE": "lab"}, "profile", LAB),
+    "profile": ({"AWS_PROFILE": "lab"}, "profile", LAB),
     "role": ({"AWS_PROFILE": "role"}, "profile", {}),
     "endpoint": (
         {**KEYS, "AWS_ENDPOINT_URL": "http://a:1/"}, "environment",
@@ -303,3 +308,56 @@ def test_files_of_aws_that_cannot_be(files):
         Profile.of(files)
     missing = {"AWS_CONFIG_FILE": "nowhere", "AWS_SHARED_CREDENTIALS_FILE": "nowhere"}
     assert not Profile.of(missing).has_keys
+
+
+NO_SERVER = {
+    "no scheme": "minio:9000",
+    "garbage": "garbage",
+    "a space": "http://a b:1",
+    "an end": "http://a:1 ",
+    "another scheme": "ftp://a:1",
+    "a port": "http://a:99999",
+    "no host": "http://",
+    "a user": "http://me:sesame@a:1",
+    "a user alone": "me:ses/ame@a:1",
+    "a query": "http://a:1/?key=sesame",
+}
+
+
+@pytest.mark.parametrize("text", NO_SERVER.values(), ids=NO_SERVER.keys())
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_an_address_of_a_server_that_is_none_is_refused(files, name, text):
+    with pytest.raises(
+        InputError, match=rf"^{name} is '.*'; expected the address of a server, such as https"
+    ) as caught:
+        s3_settings({**files, **KEYS, name: text})
+    assert not re.search("ses|me:", str(caught.value))
+    ignored = {"AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}
+    assert "endpoint" not in s3_settings({**files, **KEYS, name: text, **ignored})
+
+
+def test_other_addresses_of_servers_that_are_none_are_refused_too(files):
+    path = Path(files["AWS_CONFIG_FILE"])
+    path.write_text(path.read_text().replace("http://lab.example:9000/", "lab.example"))
+    with pytest.raises(InputError, match=r"^endpoint_url of the profile 'lab' is 'lab.example'; expected the address"):
+        s3_settings({**files, "AWS_PROFILE": "lab"})
+    with pytest.raises(InputError, match=r"^STORAGE_EMULATOR_HOST is 'http://local host'; expected the address"):
+        use_emulator({"STORAGE_EMULATOR_HOST": "local host"})
+
+
+@pytest.mark.parametrize("text", ["http://[::1]:9000", "http://minio_1:9000/", "https://a.example/storage/v1"])
+def test_addresses_of_servers(files, text):
+    assert s3_settings({**files, **KEYS, "AWS_ENDPOINT_URL": text})["endpoint"] == text.rstrip("/")
+
+
+def test_a_key_of_google_that_is_no_file_is_refused(tmp_path):
+    """Its library would end the process at a folder."""
+    (tmp_path / "key.json").write_text("{}")
+    address = Address("gs", "bucket", "run.acts.zarr")
+    for path, found in [(tmp_path, "a folder"), (tmp_path / "nothing.json", "no file that can be read")]:
+        with pytest.raises(
+            CredentialsError, match=rf"^GOOGLE_APPLICATION_CREDENTIALS is '.*', which is {found}; expec"
+        ):
+            spec_of(address, {"GOOGLE_APPLICATION_CREDENTIALS": str(path)})
+    for sound in (str(tmp_path / "key.json"), os.devnull, ""):
+        assert spec_of(address, {"GOOGLE_APPLICATION_CREDENTIALS": sound})["bucket"] == "bucket"

@@ -55,7 +55,7 @@ def parse(text: str) -> Address | str:
         likely = _LIKELY.get(scheme.lower(), scheme.lower())
         meant = f"; did you mean {likely}://" if likely in SCHEMES else ""
         raise InputError(
-            f"cannot open {_shown(text)}: found a {scheme}:// address; expected a path, file://, gs://, s3://, or "
+            f"cannot open {shown(text)}: found a {scheme}:// address; expected a path, file://, gs://, s3://, or "
             f"http:// and https:// to read{meant}"
         )
     _refuse_dangerous(rest, text)
@@ -66,11 +66,11 @@ def parse(text: str) -> Address | str:
     }.get(scheme, (_HOST, "host"))  # fmt: skip
     if not expected.fullmatch(bucket):
         raise InputError(
-            f"{_shown(text)} has {'no' if not bucket else 'a wrong'} {what} after {scheme}://; expected "
+            f"{shown(text)} has {'no' if not bucket else 'a wrong'} {what} after {scheme}://; expected "
             f"{scheme}://{what}/path/run{SUFFIX}"
         )
     if not prefix:
-        raise InputError(f"{_shown(text)} names no store; expected {scheme}://{what}/path/run{SUFFIX}")
+        raise InputError(f"{shown(text)} names no store; expected {scheme}://{what}/path/run{SUFFIX}")
     return Address(scheme, bucket, prefix)
 
 
@@ -82,7 +82,7 @@ def _path(text: str) -> str:
         or re.match(r"[A-Za-z][A-Za-z0-9+.-]*::", text)
     ):
         raise InputError(
-            f"{_shown(text)} is neither a path nor a URL; expected a path such as runs/qwen{SUFFIX}, or "
+            f"{shown(text)} is neither a path nor a URL; expected a path such as runs/qwen{SUFFIX}, or "
             f"gs://bucket/qwen{SUFFIX}; for a local path of this name write ./ before it"
         )
     return text
@@ -91,7 +91,7 @@ def _path(text: str) -> str:
 def _file(rest: str, text: str) -> str:
     """The path of a `file://` URL."""
     if not rest.startswith("/"):
-        raise InputError(f"{_shown(text)} names a host; expected file:///path/run{SUFFIX}, with three slashes")
+        raise InputError(f"{shown(text)} names a host; expected file:///path/run{SUFFIX}, with three slashes")
     return rest
 
 
@@ -103,7 +103,7 @@ def _refuse_dangerous(rest: str, text: str) -> None:
     """
 
     def refuse(found: str, remedy: str) -> None:
-        raise InputError(f"{_shown(text)} holds {found}; expected a URL that names a place and nothing else: {remedy}")
+        raise InputError(f"{shown(text)} holds {found}; expected a URL that names a place and nothing else: {remedy}")
 
     host = rest.partition("/")[0]
     if "@" in host:
@@ -126,10 +126,10 @@ def _refuse_dangerous(rest: str, text: str) -> None:
         refuse(f"a path of more than {_MOST_BYTES} bytes", "use a shorter one")
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """An address as a message may show it: no user, no password, no query, no control characters, not too long."""
-    safe = re.sub(r"//[^/]*@", "//***@", text)
-    safe = re.sub(r"[?#].*$", "?***", safe, flags=re.DOTALL) if "://" in safe else safe
+    safe = re.sub(r"^(\w+:/+)?.*@", r"\1***@", text, flags=re.DOTALL)
+    safe = re.sub(r"[?#].*$", "?***", safe, flags=re.DOTALL) if ":" in text else safe
     return repr(safe if len(safe) <= 200 else f"{safe[:200]}...")
 
 

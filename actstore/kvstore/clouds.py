@@ -7,13 +7,15 @@ line, Application Default Credentials of Google. Nothing of it is written anywhe
 import configparser
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from actstore.errors import InputError
-from actstore.kvstore.addresses import Address
+from actstore.errors import CredentialsError, InputError
+from actstore.kvstore.addresses import Address, shown
 
+_SERVER = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9a-fA-F:]+\])(?::([0-9]{1,5}))?(?:/[^\s?#@\\]*)?")
 _KEYS = {"aws_access_key_id", "role_arn", "credential_process"}
 
 
@@ -21,13 +23,15 @@ def spec_of(address: Address, environ: MutableMapping[str, str]) -> dict[str, An
     """TensorStore's spec of a place, without the path below the bucket.
 
     Raises:
-        InputError: files of the AWS command line that cannot be read.
+        InputError: files of the AWS command line that cannot be read, or an address of a server that is none.
+        CredentialsError: `GOOGLE_APPLICATION_CREDENTIALS` names no file.
     """
     match address.scheme:
         case "s3":
             return {"driver": "s3", "bucket": address.bucket, **s3_settings(environ)}
         case "gs":
             use_emulator(environ)
+            _check_google_file(environ)
             return {"driver": "gcs", "bucket": address.bucket}
         case "memory":
             return {"driver": "memory"}
@@ -39,19 +43,54 @@ def use_emulator(environ: MutableMapping[str, str]) -> None:
     """Google's own libraries know a test server as STORAGE_EMULATOR_HOST, TensorStore by a variable of its own."""
     host = environ.get("STORAGE_EMULATOR_HOST")
     if host:
-        environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host if "://" in host else f"http://{host}")
+        address = _server("STORAGE_EMULATOR_HOST", host if "://" in host else f"http://{host}")
+        environ.setdefault("TENSORSTORE_GCS_HTTP_URL", address)
+
+
+def _check_google_file(environ: Mapping[str, str]) -> None:
+    """Refuses what is no file before the library that reads it, which ends the process at a folder."""
+    path = environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if not path or (os.access(path, os.R_OK) and not Path(path).is_dir()):
+        return
+    found = "a folder" if Path(path).is_dir() else "no file that can be read"
+    raise CredentialsError(
+        f"GOOGLE_APPLICATION_CREDENTIALS is {path!r}, which is {found}; expected a file with the key of a service "
+        "account: name one, or unset it"
+    )
+
+
+def _server(name: str, text: str) -> str:
+    """The address of a server, as some setting gives it.
+
+    Raises:
+        InputError: it is none.
+    """
+    found = _SERVER.fullmatch(text)
+    if found is None or int(found[1] or 0) > 65535:
+        raise InputError(
+            f"{name} is {shown(text)}; expected the address of a server, such as https://host.example:9000, without "
+            "a user, a space or a query: correct it, or unset it"
+        )
+    return text.rstrip("/")
 
 
 def s3_settings(environ: MutableMapping[str, str]) -> dict[str, Any]:
     """Server, region and kind of credentials, in the order in which the AWS command line looks for them.
 
     Without a server it is that of AWS, and TensorStore asks for the region of the bucket.
+
+    Raises:
+        InputError: files that cannot be read, no such profile, or an address of a server that is none.
     """
     profile = Profile.of(environ)
     found: dict[str, Any] = {"aws_credentials": _credentials(profile, environ)}
-    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or profile.endpoint
-    if endpoint and environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
-        found["endpoint"] = endpoint.rstrip("/")
+    endpoints = {
+        **{name: environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")},
+        f"endpoint_url of the profile {profile.name!r}": profile.endpoint,
+    }
+    named = next(((name, endpoint) for name, endpoint in endpoints.items() if endpoint), None)
+    if named and environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
+        found["endpoint"] = _server(*named)
         region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or profile.region
         if region:
             found["aws_region"] = region
@@ -118,9 +157,11 @@ def _parsed(path: str) -> dict[str, dict[str, str]]:
 def _credentials(profile: Profile, environ: Mapping[str, str]) -> dict[str, Any]:
     """Where TensorStore takes keys from. Told exactly, because its own search passes over profiles in silence.
 
-    The last resort is the metadata service of EC2; where that is switched off, requests are not signed: public buckets.
+    Keys of the environment come before a profile that it names, as they do for boto3 and the AWS command line; empty
+    variables are none. The last resort is the metadata service of EC2; where that is switched off, requests are not
+    signed: public buckets.
     """
-    if environ.get("AWS_ACCESS_KEY_ID") and environ.get("AWS_SECRET_ACCESS_KEY") and "AWS_PROFILE" not in environ:
+    if environ.get("AWS_ACCESS_KEY_ID") and environ.get("AWS_SECRET_ACCESS_KEY"):
         return {"type": "environment"}
     if profile.has_keys:
         return {"type": "profile", "profile": profile.name, **profile.files}
