@@ -14,7 +14,7 @@
     │   └── StorageError            3   the storage failed: try again, or mend it first
     │       ├── StoragePermissionError  2   not allowed, or read-only
     │       │   └── CredentialsError    2   no credentials, expired ones, or ones that are not accepted
-    │       ├── BucketError             2   there is no such bucket, or it is in another region
+    │       ├── BucketError             2   no such bucket, in another region, or its server refuses such requests
     │       └── StorageFullError        2   no space left
     └── StoppedError                75  asked to stop; running the same command again continues
         └── WorkerLostError         75  a process that computes the same model ended; so did this one
@@ -91,7 +91,7 @@ class CredentialsError(StoragePermissionError):
 
 
 class BucketError(StorageError):
-    """There is no such bucket, or it is in another region than the one that was asked."""
+    """There is no such bucket, it is in another region than was asked, or its server refuses such requests."""
 
     exit_code = 2
 

@@ -21,7 +21,7 @@ from servers.server import Missing
 from stores import make_contents
 
 import actstore
-from actstore.errors import CorruptStoreError, InputError, StorageError
+from actstore.errors import BucketError, CorruptStoreError, InputError, StorageError
 from actstore.kvstore import Cache, Root
 from actstore.kvstore.cache import PART
 
@@ -97,6 +97,19 @@ def test_opening_and_a_sample_cost_few_requests(bucket):
     markers, chunks = 2 * CONTENTS.layout.blocks, 14
     assert reading <= markers + chunks
     assert len(rows) == 53
+
+
+def test_a_web_server_without_ranges_is_said_to_be_one(finished):
+    """Not that a sound store is damaged."""
+    from servers.server import free_port, running
+
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", finished.parent]
+    with running(command, port):
+        dataset = actstore.open(f"http://127.0.0.1:{port}/{finished.name}").dataset()
+        for read in (lambda: dataset.mlp_out.values, lambda: dataset.mlp_out.isel(sample=3).values):
+            with pytest.raises(BucketError, match=r"the server does not answer ranges .* copy the whole folder"):
+                read()
 
 
 def test_a_web_server_is_read_and_never_listed(finished):

@@ -59,6 +59,25 @@ ANSWERS = {
     "too many": (s3(RETRIED, 429, "TooManyRequests"), StorageError, "429", True),
     "time-out": (s3(RETRIED, 408, "RequestTimeout"), StorageError, "408", True),
     "conflict": (s3("ABORTED: ", 409, "OperationAborted"), StorageError, "409", True),
+    "time-out of a body": (s3("", 400, "RequestTimeout"), StorageError, "400 RequestTimeout; the storage is bu", True),
+    "rate": (gs("PERMISSION_DENIED: ", 403, "rateLimitExceeded"), StorageError, "403 rateLimitExceeded; the st", True),
+    "too large": (s3("", 400, "EntityTooLarge"), BucketError, "400 EntityTooLarge; it is larger than the", False),
+    "too large for a proxy": (
+        "UNKNOWN: x [http_response_code='413']", BucketError, "413; it is larger than the storage takes in one", False,
+    ),
+    "method": (s3("", 405, "MethodNotAllowed"), BucketError, "405 MethodNotAllowed; the storage takes no such", False),
+    "key": (s3("", 400, "KMS.DisabledException"), StoragePermissionError, "400 KMS.DisabledException; check t", False),
+    "payer": (
+        gs("INVALID_ARGUMENT: ", 400, "required").replace("does not have", "is a requester pays bucket"),
+        BucketError, "400 required; requests are at the cost of whoever asks", False,
+    ),
+    "refused": (s3("", 400, "InvalidRequest"), BucketError, "400 InvalidRequest; the storage refused this and", False),
+    "unknown": ("UNKNOWN: x [http_response_code='418']", BucketError, "answered 418; the storage refused this", False),
+    "a moment": ("UNKNOWN: x [http_response_code='599']", StorageError, "599; the storage is busy", True),
+    "no ranges": (
+        "FAILED_PRECONDITION: Requested byte range [0, 10) was ignored by server", BucketError,
+        "the server does not answer ranges", False,
+    ),
     "full": (s3("UNKNOWN: ", 507, "InsufficientStorage"), StorageFullError, "free some space", False),
     "a range": (s3("OUT_OF_RANGE: ", 416, "InvalidRange"), CorruptStoreError, "416 InvalidRange", False),
     "no word": (

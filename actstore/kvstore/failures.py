@@ -29,6 +29,22 @@ _KIND_OF_ERRNO: dict[int, type[StorageError]] = {
 }  # fmt: skip
 _Kinds = list[tuple[str, type[StoreError], str]]
 _CREDENTIALS = "check your credentials: the environment and the cloud's own files (docs: how-to on buckets)"
+_REQUESTER_PAYS = (
+    "requests are at the cost of whoever asks, which is not supported: use another bucket, or copy the store"
+)
+_NO_RANGES = (
+    "the server does not answer ranges (`python -m http.server` does not): copy the whole folder of the store to this "
+    "machine, or use a server that does"
+)
+_LARGE = "it is larger than the storage takes in one request: make the store with fewer `--block-samples`"
+_BUSY = "the storage is busy or not reachable: run the same command again later"
+_REFUSED = (
+    "the storage refused this and would again: find out what its answer means there (its documentation or whoever runs "
+    "it says so), mend that, then run the same command again"
+)
+_PASSING = (
+    r"RequestTimeout\b|IncompleteBody|Throttl|SlowDown|[rR]ateLimitExceeded"  # words that stand with 400, 403 too
+)
 _ANSWERS: _Kinds = [  # of servers: the word of their answer, or the number
     ("RequestTimeTooSkewed", CredentialsError, "set the clock of this machine, then run the same command again"),
     ("ExpiredToken", CredentialsError, "renew your credentials, then run the same command again"),
@@ -43,13 +59,17 @@ _ANSWERS: _Kinds = [  # of servers: the word of their answer, or the number
     ("IllegalLocationConstraint", BucketError, "set AWS_REGION to the region of the bucket"),
     ("QuotaExceeded", StorageFullError, "raise the quota or delete something, then run the same command again"),
     ("507", StorageFullError, "free some space, then run the same command again"),
+    ("EntityTooLarge", BucketError, _LARGE),
+    ("413", BucketError, _LARGE),
+    ("KMS", StoragePermissionError, "check the key (KMS) of the bucket, and that these credentials may use it"),
+    ("UserProject", BucketError, _REQUESTER_PAYS),
+    ("405", BucketError, "the storage takes no such request: check the address, and whether it can be written at all"),
     ("401", CredentialsError, _CREDENTIALS),
     ("403", StoragePermissionError, "check what these credentials may do here (docs: how-to on least privilege)"),
     ("404", BucketError, "check the name of the bucket, or make it"),
     ("416", CorruptStoreError, "run `actstore verify`"),  # an object shorter than what was asked of it
     ("301", BucketError, "check the region of the bucket, and that the address is not one that leads elsewhere"),
 ]  # fmt: skip
-_BUSY = "the storage is busy or not reachable: run the same command again later"
 _STATUS: _Kinds = [
     ("No space left", StorageFullError, "free some space, then run the same command again"),
     ("Disk quota", StorageFullError, "free some space or raise the quota, then run the same command again"),
@@ -63,6 +83,7 @@ _STATUS: _Kinds = [
     ("RESOURCE_EXHAUSTED", StorageFullError, "free some space, then run the same command again"),
     ("DATA_LOSS", CorruptStoreError, "run `actstore verify`"),
     ("OUT_OF_RANGE", CorruptStoreError, "run `actstore verify`"),
+    ("was ignored by server", BucketError, _NO_RANGES),
     ("Requested byte range", CorruptStoreError, "run `actstore verify`"),  # an object shorter than its index
     ("Not enough data", CorruptStoreError, "run `actstore verify`"),  # an empty object
     ("ZSTD_", CorruptStoreError, "run `actstore verify`"),  # FAILED_PRECONDITION, as are refused writes
@@ -104,10 +125,14 @@ def _kind(text: str) -> tuple[type[StoreError], str]:
     """The class of a failure, and what to do about it."""
     answer = _answer(text)
     if answer is not None:
+        if re.search(_PASSING, answer):
+            return StorageError, _BUSY
+        if re.search("requester.pays", text, re.IGNORECASE):
+            return BucketError, _REQUESTER_PAYS
         for needle, kind, remedy in _ANSWERS:
             if needle in answer:
                 return kind, remedy
-        return StorageError, _BUSY
+        return (BucketError, _REFUSED) if re.match(r"4(?!08|09|12|29)", answer) else (StorageError, _BUSY)
     for needle, kind, remedy in _STATUS:
         if needle in text:
             return kind, remedy
@@ -120,7 +145,7 @@ def may_pass(text: str) -> bool:
     if _kind(text)[0] is not StorageError:
         return False
     if answer is not None:
-        return bool(re.match(r"408|409|412|429|5\d\d", answer))
+        return bool(re.match(r"408|409|412|429|5\d\d", answer) or re.search(_PASSING, answer))
     return text.startswith(("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL")) or "CURL error" in text
 
 
@@ -146,7 +171,7 @@ def _answer(text: str) -> str | None:
     if number is None:
         return None
     code = number[1] or number[2]
-    word = re.search(r"<Code>(\w+)</Code>", text) or re.search(r'\\*"reason\\*": *\\*"(\w+)', text)
+    word = re.search(r"<Code>([\w.]+)</Code>", text) or re.search(r'\\*"reason\\*": *\\*"(\w+)', text)
     named = word[1] if word else ""
     if not named and (found := re.match(r"(?:[A-Z_]+: )?(?:All \d+ retry attempts failed: )?(\w+): ", text)):
         named = "" if found[1].isupper() else found[1]
