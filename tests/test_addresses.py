@@ -13,8 +13,14 @@ GOOD = {
     "slash": ("s3://my.bucket-1/run.acts.zarr/", Address("s3", "my.bucket-1", "run.acts.zarr")),
     "https": (
         "https://host.example:8443/a%20b/x.acts.zarr",
-        Address("https", "host.example:8443", "a%20b/x.acts.zarr"),
+        Address("https", "host.example:8443", "a b/x.acts.zarr"),
     ),
+    "escapes": (
+        "http://host/50%25/%C3%A9%3F%23/it's(1)+2@3/x.acts.zarr",
+        Address("http", "host", "50%/é?#/it's(1)+2@3/x.acts.zarr"),
+    ),
+    "escape of a bucket": ("gs://bucket/a%20b/x.acts.zarr", Address("gs", "bucket", "a%20b/x.acts.zarr")),
+    "IPv6": ("http://[::1]:8000/x.acts.zarr", Address("http", "[::1]:8000", "x.acts.zarr")),
     "http": ("http://127.0.0.1:80/x.acts.zarr", Address("http", "127.0.0.1:80", "x.acts.zarr")),
     "memory": ("memory://m/x.acts.zarr", Address("memory", "m", "x.acts.zarr")),
     "file": ("file:///tmp/x.acts.zarr", "/tmp/x.acts.zarr"),
@@ -28,6 +34,7 @@ def test_an_address_is_read(text, expected):
     assert parse(text) == expected
     if isinstance(expected, Address):
         assert expected.url == text.rstrip("/")
+        assert parse(expected.url) == expected
 
 
 BAD = {
@@ -50,6 +57,9 @@ BAD = {
     "query": ("https://host/x.acts.zarr?X-Amz-Signature=sesame", "holds a query or fragment"),
     "fragment": ("https://host/x.acts.zarr#sesame", "holds a query or fragment"),
     "space": ("gs://bucket/a b.acts.zarr", "holds a space or control character"),
+    "space on a web server": ("http://host/a b.acts.zarr", "holds a space .*: write %20 for a space"),
+    "escape that is no text": ("http://host/a%ff.acts.zarr", "holds escapes that are not UTF-8"),
+    "chain behind IPv6": ("http://[::1]/x::y.acts.zarr", "holds '::'"),
     "newline": ("gs://bucket/a\nb.acts.zarr", "holds a space or control character"),
     "escaped parent": ("https://host/%2e%2E/x.acts.zarr", r"holds an escape that stands for \. or /"),
     "escaped slash": ("https://host/a%2Fx.acts.zarr", r"holds an escape that stands for \. or /"),
@@ -57,6 +67,11 @@ BAD = {
     "long": (f"gs://bucket/{'a' * 800}.acts.zarr", "holds a path of more than 700 bytes"),
     "JSON": ('{"driver": "s3", "bucket": "sesame"}', "the address is JSON, of 36 characters; expected a path or a URL"),
     "one slash": ("s3:/bucket/x.acts.zarr", "is neither a path nor a URL"),
+    "user after one slash": ("s3:/AKIA:sesame@bucket/x.acts.zarr", r"^'s3:/\*\*\*@bucket/x.acts.zarr' is neither"),
+    "user with a slash": ("s3:/AKIA:ses/sesame@bucket/x.acts.zarr", r"^'s3:/\*\*\*@bucket/x.acts.zarr' is neither"),
+    "query after one slash": ("https:/host/x.acts.zarr?key=sesame", "is neither a path nor a URL"),
+    "unknown user": ("~nouser/x.acts.zarr", "begins with the home folder of a user who is not known here"),
+    "NUL": ("a\0b/x.acts.zarr", "holds a NUL character, which no path may have"),
     "host of a file": ("file://host/x.acts.zarr", "names a host; expected file:///path"),
     "port": ("http://host:123456/x.acts.zarr", "has a wrong host"),
 }  # fmt: skip
@@ -68,6 +83,7 @@ def test_an_address_is_refused(text, message):
         Root.of(text)
     assert "\n" not in str(caught.value)
     assert "sesame" not in str(caught.value)
+    assert "AKIA" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
 

@@ -7,6 +7,7 @@ Requests are counted by TensorStore, on a moto server (see `servers.moto` for it
 import dataclasses
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -110,6 +111,16 @@ def test_a_web_server_without_ranges_is_said_to_be_one(finished):
         for read in (lambda: dataset.mlp_out.values, lambda: dataset.mlp_out.isel(sample=3).values):
             with pytest.raises(BucketError, match=r"the server does not answer ranges .* copy the whole folder"):
                 read()
+
+
+def test_a_folder_with_a_space_on_a_web_server(finished, tmp_path):
+    from servers.static_http import static_http
+
+    shutil.copytree(finished, tmp_path / "é 50%" / finished.name)
+    with static_http(tmp_path) as server:
+        url = server.url(f"%C3%A9%2050%25/{finished.name}")
+        store = actstore.open(url)
+        assert np.array_equal(store.dataset().mlp_out.values, CONTENTS.rows["mlp_out"].astype(np.float32))
 
 
 def test_a_web_server_is_read_and_never_listed(finished):

@@ -7,6 +7,7 @@ standard places of each cloud, never from the URL, so that it can be stored, log
 import dataclasses
 import os
 import re
+from urllib.parse import quote, unquote
 
 from actstore.errors import InputError
 
@@ -15,6 +16,8 @@ SCHEMES = ("gs", "s3", "http", "https", "memory")
 _LIKELY = {"gcs": "gs", "s3a": "s3", "s3n": "s3", "google": "gs"}
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
+_WEB = ("http", "https")
+_IN_PATHS = "/:@!$&'()*+,;=~"  # what quote need not write as an escape, beside letters, digits and -._
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,222}")
 _MOST_BYTES = 700  # of a prefix: keys of a store add up to 200 to it, and clouds end at 1,024
 
@@ -27,12 +30,13 @@ class Address:
     bucket: str
     """Name of the bucket; host and port of a web server; the first name of a place in memory."""
     prefix: str
-    """Path of the store below it, without slashes at its ends."""
+    """Path of the store below it, without slashes at its ends and, of a web server, without escapes."""
 
     @property
     def url(self) -> str:
-        """The address as it is shown."""
-        return f"{self.scheme}://{self.bucket}/{self.prefix}"
+        """The address as it is shown, and can be given again."""
+        path = quote(self.prefix, _IN_PATHS) if self.scheme in _WEB else self.prefix
+        return f"{self.scheme}://{self.bucket}/{path}"
 
 
 def parse(text: str) -> Address | str:
@@ -71,7 +75,15 @@ def parse(text: str) -> Address | str:
         )
     if not prefix:
         raise InputError(f"{shown(text)} names no store; expected {scheme}://{what}/path/run{SUFFIX}")
-    return Address(scheme, bucket, prefix)
+    return Address(scheme, bucket, _decoded(prefix, text) if scheme in _WEB else prefix)
+
+
+def _decoded(path: str, text: str) -> str:
+    """A path of a web server without escapes: TensorStore writes them."""
+    try:
+        return unquote(path, errors="strict")
+    except UnicodeDecodeError:
+        raise InputError(f"{shown(text)} holds escapes that are not UTF-8; expected those of text in UTF-8") from None
 
 
 def _path(text: str) -> str:
@@ -110,11 +122,15 @@ def _refuse_dangerous(rest: str, text: str) -> None:
         refuse("a user or password", "take it out; credentials come from the environment or the cloud's own files")
     if "?" in rest or "#" in rest:
         refuse("a query or fragment", "take out what follows ? or #; tokens come from the environment")
+    behind = rest.removeprefix(host) if _HOST.fullmatch(host) else rest  # addresses of IPv6 have ::
     for piece, remedy in [("|", "one store, without |"), ("::", "one store, without ::"), ("\\", "use / only")]:
-        if piece in rest:
+        if piece in behind:
             refuse(repr(piece), remedy)
     if re.search(r"[\x00-\x20\x7f-\x9f]", rest):
-        refuse("a space or control character", "rename the store")
+        refuse(
+            "a space or control character",
+            "write %20 for a space" if text.startswith(_WEB) else "rename the store",
+        )
     if re.search(r"%(?![0-9a-fA-F]{2})|%(?:2[ef]|5c|00)", rest, re.IGNORECASE):
         refuse("an escape that stands for . or / or for nothing", "write the path as it is")
     parts = rest.rstrip("/").split("/")[1:]

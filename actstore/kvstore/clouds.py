@@ -146,7 +146,7 @@ def _parsed(path: str) -> dict[str, dict[str, str]]:
         parser.read_string(Path(path).expanduser().read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+    except (OSError, UnicodeDecodeError, configparser.Error, RuntimeError) as error:  # RuntimeError: of a ~user
         raise InputError(
             f"{path} cannot be read ({type(error).__name__}); expected a file of the AWS command line: mend it, or "
             "name another with AWS_CONFIG_FILE or AWS_SHARED_CREDENTIALS_FILE"

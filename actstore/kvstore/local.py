@@ -33,9 +33,17 @@ class LocalPlace(Place):
         """The place at a path.
 
         Raises:
-            InputError: the path has no name, or one that TensorStore would read otherwise.
+            InputError: the path has no name, one that TensorStore would read otherwise, or names no place.
         """
-        path = Path(text).expanduser()
+        if "\0" in text:
+            raise InputError(f"{text!r} holds a NUL character, which no path may have; give the path without it")
+        try:
+            path = Path(text).expanduser()
+        except RuntimeError:
+            raise InputError(
+                f"{text!r} begins with the home folder of a user who is not known here; expected a path such as "
+                f"~/runs/qwen{SUFFIX}; for a folder of this name write ./ before it"
+            ) from None
         if not path.name:
             raise InputError(f"{text!r} is not a place for a store; expected a path such as runs/qwen{SUFFIX}")
         if os.sep == "/" and "\\" in text:
