@@ -25,6 +25,7 @@ from actstore.ledger import appended_plan, committed_blocks, find_plan, lineage,
 from actstore.lookup import TokenInContext, column, in_context
 from actstore.marked import TokenRows
 from actstore.norms import NormStatistics
+from actstore.ranged import check_cache
 from actstore.reader import check_complete, open_dataset
 from actstore.scaling import Normalization
 from actstore.schema import Plan
@@ -316,7 +317,7 @@ def open(  # noqa: A001  reads as `actstore.open`
     *,
     partial: bool = False,
     cache: str | os.PathLike[str] | None = None,
-    cache_bytes: int = DEFAULT_BYTES,
+    cache_bytes: int | None = None,
 ) -> Store:
     """Opens the store at `url`: a path, `gs://`, `s3://`, `http://` or `https://`.
 
@@ -325,9 +326,11 @@ def open(  # noqa: A001  reads as `actstore.open`
         partial: True also opens a store that is still being written, or appended to.
         cache: a folder on a local disk that keeps chunks of remote stores once they were read and compared; any number
             of processes may share it. None is the one that `ACTSTORE_CACHE` names, or none.
-        cache_bytes: that it may hold; what was used longest ago goes first.
+        cache_bytes: that it may hold, at least sixteen of the largest chunk; what was used longest ago goes first. None
+            is 64 GiB.
 
     Raises:
+        InputError: `cache_bytes` without `cache`, or too few.
         StoreNotFoundError: there is no store at `url`.
         UnfinishedStoreError: it is not complete, and `partial` is False.
         CorruptStoreError: its metadata is damaged.
@@ -336,8 +339,15 @@ def open(  # noqa: A001  reads as `actstore.open`
         >>> store = actstore.open("run.acts.zarr")                                  # doctest: +SKIP
         >>> rows = next(store.batches(site="resid_post", layer=12, batch_size=4096))  # doctest: +SKIP
     """
-    root = Root.of(url, cache=None if cache is None else Cache(cache, cache_bytes))
+    if cache is None and cache_bytes is not None:
+        raise InputError(
+            f"found cache_bytes {cache_bytes} without cache; expected the folder too: give cache=, or set "
+            "ACTSTORE_CACHE and ACTSTORE_CACHE_BYTES"
+        )
+    most_bytes = DEFAULT_BYTES if cache_bytes is None else cache_bytes
+    root = Root.of(url, cache=None if cache is None else Cache(cache, most_bytes))
     plan, complete = find_plan(root, unfinished=partial)
+    check_cache(root, plan.layout)
     if not complete and not partial:
         check_complete(root, plan)
     return Store(root, plan, complete=bool(complete))

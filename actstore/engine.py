@@ -10,6 +10,7 @@ from xarray.backends import BackendEntrypoint
 from actstore import accessor  # noqa: F401  datasets have `.acts` then
 from actstore.kvstore import SUFFIX, Cache, Root
 from actstore.ledger import find_plan, read_plan
+from actstore.ranged import check_cache
 from actstore.reader import open_dataset
 from actstore.texts import documents_dataset
 
@@ -41,6 +42,7 @@ class ActstoreBackend(BackendEntrypoint):
         root = Root.of(filename_or_obj, cache=None if cache is None else Cache(cache))
         drop = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
         plan, complete = find_plan(root, unfinished=partial)
+        check_cache(root, plan.layout)
         return open_dataset(root, plan, raw=raw, partial=partial, check=check, drop=drop, complete=complete)
 
     def open_groups_as_dict(  # type: ignore[override]  # engines add their own keywords

@@ -13,12 +13,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
-from actstore.errors import CorruptStoreError
+from actstore.errors import CorruptStoreError, InputError
 from actstore.kvstore import Operation, Root
 from actstore.layout import Layout
 from actstore.metadata import shard_key
 from actstore.shards import CHECKSUM_BYTES
 from actstore.vouchers import Vouchers
+
+
+def check_cache(root: Root, layout: Layout) -> None:
+    """Refuses a cache that is too small for the chunks of a store, before it keeps nothing in silence.
+
+    Raises:
+        InputError: it may hold less than sixteen of the largest.
+    """
+    chunks = [site.row_bytes * layout.chunk_samples for site in layout.sites]
+    chunks += [np.dtype(column.dtype).itemsize * layout.block_samples for column in layout.columns]
+    if root.cache is not None and root.cache.most_bytes < (least := root.cache.least_bytes(max(chunks))):
+        raise InputError(
+            f"the cache {root.cache.folder} may hold {root.cache.most_bytes:,} bytes; expected at least {least:,} "
+            f"for the chunks of {root.url}: give more with cache_bytes or ACTSTORE_CACHE_BYTES, or use no cache"
+        )
 
 
 class RangedRows:

@@ -376,6 +376,32 @@ def test_a_cache_that_cannot_be_is_refused(url, tmp_path, monkeypatch, settings,
         actstore.open(url, **{"cache": "near", **settings})
 
 
+def test_a_bound_without_a_cache_is_refused(url):
+    with pytest.raises(
+        InputError, match=r"found cache_bytes 1000000 without cache; expected the folder too: give cache="
+    ):
+        actstore.open(url, cache_bytes=1_000_000)
+
+
+def test_a_cache_that_would_keep_nothing_is_refused(url, tmp_path, monkeypatch):
+    layout = CONTENTS.layout
+    chunks = [site.row_bytes * layout.chunk_samples for site in layout.sites]
+    chunks += [CONTENTS.columns[column.name].itemsize * layout.block_samples for column in layout.columns]
+    least, said = (
+        PART * max(chunks),
+        "may hold {:,} bytes; expected at least {:,} for the chunks of memory://.*: give more",
+    )
+    with pytest.raises(InputError, match=said.format(least - 1, least)):
+        actstore.open(url, cache=tmp_path, cache_bytes=least - 1)
+    _ = actstore.open(url, cache=tmp_path, cache_bytes=least).dataset().resid_post.values
+    assert Cache(tmp_path).size > 0
+    monkeypatch.setenv("ACTSTORE_CACHE", str(tmp_path))
+    monkeypatch.setenv("ACTSTORE_CACHE_BYTES", "5")
+    for read in (actstore.open, xr.open_dataset):
+        with pytest.raises(InputError, match=said.format(5, least)):
+            read(url)
+
+
 def test_a_cache_for_a_local_store_is_refused(finished, tmp_path):
     with pytest.raises(InputError, match="is local; expected a remote store to keep chunks of: leave the cache out"):
         actstore.open(finished, cache=tmp_path)

@@ -86,6 +86,11 @@ class Cache:
             raise InputError(f"ACTSTORE_CACHE_BYTES is {size!r}; expected a number of bytes, such as {DEFAULT_BYTES}")
         return cls(folder, int(size))
 
+    @staticmethod
+    def least_bytes(chunk_bytes: int) -> int:
+        """How much a cache has to hold that keeps chunks of so many bytes: its bound holds to such a part."""
+        return PART * chunk_bytes
+
     def settings(self) -> dict[str, tuple[str, str]]:
         """Where it is and how much it may hold."""
         return {
@@ -119,7 +124,7 @@ class Cache:
 
     def write(self, name: str, data: UInt8[np.ndarray, " byte"]) -> None:
         """Keeps what was read and compared. Where the folder cannot be written any more, says so once and stops."""
-        if self._state.broken or len(data) > self.most_bytes // PART:
+        if self._state.broken or self.least_bytes(len(data)) > self.most_bytes:
             return
         path = self._path(name)
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
