@@ -123,7 +123,7 @@ def test_a_folder_with_a_space_on_a_web_server(finished, tmp_path):
         assert np.array_equal(store.dataset().mlp_out.values, CONTENTS.rows["mlp_out"].astype(np.float32))
 
 
-def test_a_web_server_is_read_and_never_listed(finished):
+def test_a_web_server_is_read_and_never_listed(finished, tmp_path):
     from servers.static_http import static_http
 
     with static_http(finished.parent) as server:
@@ -133,6 +133,12 @@ def test_a_web_server_is_read_and_never_listed(finished):
         assert actstore.open(url).text([3])[0] == actstore.open(finished).text([3])[0]
         with pytest.raises(InputError, match="is on a web server, which cannot be listed, and this needs a list"):
             _ = actstore.open(url).committed
+        with pytest.raises(
+            InputError, match=r"is on a web server, which cannot be listed.*copy the store with `actstore copy`"
+        ):
+            actstore.open(url).verify()
+        actstore.copy(url, tmp_path / "copied.acts.zarr")
+        assert actstore.open(tmp_path / "copied.acts.zarr").verify().status == "complete"
         with pytest.raises(
             InputError, match=r"cannot write .*: web servers are only read; give gs://, s3:// or a path"
         ):
