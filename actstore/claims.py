@@ -6,12 +6,14 @@ write the same bytes.
 """
 
 import contextlib
+import hashlib
 import os
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
@@ -32,6 +34,7 @@ class Claim(StoredDocument):
     worker: str
     """Random, of one process."""
     host: str
+    """Its name, and a digest that tells it from hosts and containers of the same name."""
     process: int
     """Number of the process on its host."""
     rank: int
@@ -49,7 +52,8 @@ class Claims:
 
     def __init__(self, root: Root, plan: Plan, *, rank: int = 0) -> None:
         self._root, self._folder, self._rank = root, key_in(plan.generation, CLAIM_FOLDER), rank
-        self.worker, self._host = secrets.token_hex(8), socket.gethostname()
+        self.worker, self._host = secrets.token_hex(8), _this_host()
+        self._ahead: dict[tuple[str, float], float] = {}  # signs of life by clocks that are ahead, and when seen here
         self._since: dict[int | Literal["seal"], float] = {}
         self._lock = threading.Lock()
         self.samples_per_second: float | None = None
@@ -149,14 +153,30 @@ class Claims:
         if claim.host == self._host and not _lives(claim.process):
             return True
         now = time.time()
-        slow = most is not None and now - claim.since > most
-        return slow or now - max(claim.since, claim.seen or 0.0) > patience
+        slow, latest = most is not None and now - claim.since > most, max(claim.since, claim.seen or 0.0)
+        if latest <= now:
+            return slow or now - latest > patience
+        first = self._ahead.setdefault((claim.worker, latest), time.monotonic())
+        return time.monotonic() - first > patience
 
     def _parsed(self, data: bytes | None) -> Claim | None:
         """A claim; None for one that is gone or cannot be read."""
         with contextlib.suppress(CorruptStoreError):
             return None if not data else Claim.from_json(data, where=self._folder)
         return None
+
+
+def _this_host() -> str:
+    """Name of this host, with a digest of its start and of its process numbers.
+
+    Containers on one machine, and machines that were cloned, may have one name, and processes of the same numbers.
+    """
+    known = []
+    with contextlib.suppress(OSError):
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        known.append(os.readlink("/proc/self/ns/pid"))  # noqa: PTH115  no path
+    digest = hashlib.sha256(" ".join(known).encode()).hexdigest()[:8]
+    return f"{socket.gethostname()}/{digest}" if known else socket.gethostname()
 
 
 def _lives(process: int) -> bool:

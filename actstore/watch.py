@@ -160,7 +160,7 @@ def _workers(claims: dict[int, Claim], plan: Plan) -> tuple[WorkerSeen, ...]:
         slow = rate is not None and rate > 0 and seconds > LATE_BLOCKS * plan.layout.block_samples / rate
         late = silent > LATE_SECONDS or (slow and seconds > LATE_SECONDS)
         blocks = tuple(block for block, _ in claimed)
-        host = printable(newest.host, most=100)
+        host = printable(newest.host.partition("/")[0], most=100)
         found.append(WorkerSeen(newest.rank, host, newest.process, blocks, seconds, silent, rate, late))
     return tuple(sorted(found, key=lambda worker: (worker.rank, worker.host, worker.process)))
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from crc32c import crc32c
 from jaxtyping import Float32, Shaped
 from numpy.typing import ArrayLike
 
@@ -32,10 +33,10 @@ from actstore.ledger import (
     write_assets,
     write_marker,
 )
-from actstore.metadata import array_metadata, shard_key
+from actstore.metadata import array_metadata, label_chunks, shard_key
 from actstore.moments import as_stored, to_float32
 from actstore.schema import FORMAT, MAX_CHUNK_DIGESTS, Marker, Plan
-from actstore.shards import RowSums, encode
+from actstore.shards import RowSums, encode, stored_checksum
 from actstore.vouchers import Vouchers
 
 Array = Shaped[np.ndarray, "..."]
@@ -293,17 +294,24 @@ class Writer:
         return np.concatenate([rows, np.full((missing, *rows.shape[1:]), fill, rows.dtype)])
 
     def _write_labels(self) -> None:
-        """The `layer` coordinates: a few bytes, the same from every process."""
-        metadata = array_metadata(self.plan, complete=False)
-        for site in self.layout.sites:
-            if site.layers is None:
-                continue
-            name = self.layout.layer_dimension(site)
-            (chunk,) = metadata[name]["chunk_grid"]["configuration"]["chunk_shape"]
-            labels = np.pad(np.asarray(site.layers, np.int32), (0, -len(site.layers) % chunk), constant_values=-1)
-            whole = {**metadata[name], "shape": [len(labels)]}  # a part of a chunk would be read before it is written
-            start = functools.partial(self.root.open_array(name, whole).write, labels)
-            self.root.begin(f"write {name} of {self.root.url}", start).result()
+        """The `layer` coordinates, unless they are there: buckets refuse many writes of one object within a second."""
+        wanted = _label_objects(self.plan)
+        found = dict(zip(wanted, self.root.read_all(wanted), strict=True))
+        self.root.write_all({key: data for key, data in wanted.items() if found[key] != data})
+
+
+def _label_objects(plan: Plan) -> dict[str, bytes]:
+    """Key and bytes of every chunk of the `layer` coordinates, the last of each filled up."""
+    objects: dict[str, bytes] = {}
+    chunks = label_chunks(plan)
+    for site in plan.layout.sites:
+        if site.layers is None:
+            continue
+        name = plan.layout.layer_dimension(site)
+        labels = np.pad(np.asarray(site.layers, "<i4"), (0, -len(site.layers) % chunks[name]), constant_values=-1)
+        for number, part in enumerate(labels.reshape(-1, chunks[name])):
+            objects[f"{name}/c/{number}"] = part.tobytes() + bytes(stored_checksum(crc32c(part.tobytes())))
+    return objects
 
 
 def _joined(before: Array | None, rows: Array) -> Array:

@@ -65,14 +65,14 @@ def requests(plan: Plan, *, remote: bool) -> Requests:
     share = 2 if remote else 1  # windows of a worker's share
     nodes, groups, assets = _nodes(plan), len(table_groups(plan)), len(plan.assets)
     begun = nodes if plan.base is None else 0  # those of an addition are written when it is sealed
-    worker = probes + 3 * read + (1 + assets + begun) * read + pages + share + _labels(plan)
+    worker = probes + 3 * read + (1 + assets + begun) * read + pages + share + _labels(plan) * read
     alone = 2 if begun else 1  # the plan, and the root group after all other nodes; those are created together
     created = (create - read) * alone + (1 + read) * (assets + max(begun - 1, 0))
     documents = 0 if plan.documents is None else _document_chunks(plan) + MARKER + 3 * read
     shards = sum(_pages(len(plan.blocks) * site.rows_per_sample) if remote else 1 for site in added_sites(plan))
     papers = 3  # manifest, ranges and seal
     sealing = len(plan.blocks) * read + 2 * pages + shards + nodes - groups + papers + create + 4 * read + 2
-    return Requests(block, worker, created + documents + sealing)
+    return Requests(block, worker, created + _labels(plan) + documents + sealing)
 
 
 @dataclasses.dataclass(frozen=True)

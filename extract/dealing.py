@@ -120,8 +120,15 @@ class Dealer:
             self._claims.release(block)
 
     def give_back(self) -> None:
-        """Gives back every block in hand that is not being written, of a run that ends before its time."""
-        for block in set(self._given) - self._handed_over:
+        """Gives back every block in hand that is not being written, of a run that ends before its time.
+
+        Where several processes compute one model, the others have written most of what was given to this one: one
+        listing for each 1,000 blocks says which.
+        """
+        if self._given.keys() - self._handed_over:
+            with contextlib.suppress(ActstoreError):
+                self._look(_windows(sorted(self._given)))
+        for block in self._given.keys() - self._handed_over - self.committed:
             self.release(block, committed=False)
         if self._watches:
             with contextlib.suppress(ActstoreError):

@@ -197,8 +197,12 @@ def model_host(disk: Disk, steps: Steps, rank: int, count: int) -> Request:
     documents = ["documents/zarr.json"] if steps.documents else []
     for key in (*steps.nodes, *documents, "zarr.json"):
         yield from disk.create(key, unsealed[key])
+    labels = {}
     for key in steps.labels:
-        yield from disk.put(key, whole[key])
+        labels[key] = yield from disk.read(key)
+    for key, there in labels.items():
+        if there != whole[key]:
+            yield from disk.put(key, whole[key])
     if steps.documents and (yield from disk.read(TABLE_KEY)) is None:
         for key in steps.documents:
             yield from disk.put(key, whole[key])

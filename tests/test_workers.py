@@ -21,7 +21,8 @@ from stores import tree
 import actstore
 from actstore.claims import CLAIM_FOLDER, Claims
 from actstore.kvstore import Root
-from actstore.ledger import read_plan
+from actstore.ledger import marker_key, read_plan
+from actstore.schema import canonical_json
 from extract.dealing import Dealer
 from extract.division import rest, share
 from extract.ranks import Rank
@@ -286,6 +287,46 @@ def test_claims_of_the_dead_and_broken_ones_do_not_count(begun: Root) -> None:
     assert claims.over([3, 5, 6, 7, 20], patience=60.0) == [3, 5, 6, 7]
     assert [block for block in (3, 5, 6, 20) if claims.take(block, patience=60.0)] == [3, 5, 6]
     assert claims.take(20, patience=0.0)
+
+
+def test_a_claim_by_a_clock_that_is_ahead_counts_until_it_was_silent_for_long_enough(begun: Root) -> None:
+    plan = read_plan(begun, unfinished=True)
+    claims = Claims(begun, plan)
+    ahead = claims._mine().model_copy(update={"worker": "f" * 16, "host": "ahead", "since": time.time() + 86400})
+    begun.write(claims._key(3), ahead.to_json())
+    assert claims.over([3], patience=0.2) == []
+    time.sleep(0.3)
+    assert claims.over([3], patience=0.2) == [3]
+    begun.write(claims._key(3), ahead.model_copy(update={"seen": time.time() + 86401}).to_json())
+    assert claims.over([3], patience=0.2) == []  # it said something
+
+
+def test_process_numbers_of_another_container_say_nothing(begun: Root) -> None:
+    """Two containers may have one name, and both a process 1."""
+    plan = read_plan(begun, unfinished=True)
+    claims = Claims(begun, plan)
+    name, digest = claims._host.split("/")
+    assert (name, len(digest)) == (socket.gethostname(), 8)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    other = claims._mine().model_copy(update={"worker": "f" * 16, "process": ended.pid, "host": f"{name}/00000000"})
+    begun.write(claims._key(3), other.to_json())
+    assert claims.over([3], patience=60.0) == []
+
+
+def test_blocks_that_others_of_a_group_have_committed_are_not_given_back(
+    begun: Root, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = read_plan(begun, unfinished=True)
+    dealer = Dealer(begun, plan, rank=Rank())
+    dealt = iter(dealer)
+    assert [next(dealt), next(dealt)] == [3, 5]
+    marker = json.loads(begun.read(marker_key(4)) or b"")
+    marker |= {"block": 3, "samples": list(plan.block_range(3))}
+    begun.write(marker_key(3), canonical_json(marker))
+    caplog.set_level("INFO", "extract.dealing")
+    dealer.give_back()
+    assert [line for line in caplog.messages if "gave back" in line] == ["gave back block 5"]
 
 
 def test_a_claim_is_renewed_until_another_has_taken_over(begun: Root) -> None:

@@ -183,9 +183,8 @@ def test_a_continued_run_leaves_committed_blocks_alone(tmp_path, contents, finis
         for number in writer.missing():
             activations, columns = contents.block(number)
             writer.write(number, activations, samples=columns)
-    labels = {"layer/c/0", "attn_out_layer/c/0"}  # a few bytes, written by every writer
-    after = {name: (path / name).stat().st_mtime_ns for name in before}
-    assert {name for name in before if before[name] != after[name]} <= labels
+    assert "layer/c/0" in before
+    assert {name: (path / name).stat().st_mtime_ns for name in before} == before
     assert tree(path) == tree(finished)
 
 
