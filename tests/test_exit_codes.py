@@ -41,8 +41,11 @@ def test_a_script_of_slurm_requeues_what_continues(tmp_path: Path) -> None:
     for name, text in {"srun": 'exit "$CODE"', "scontrol": 'echo "$@"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    for code in (0, 1, 2, 3, 4, 75, 137, 143):
-        environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CODE": str(code), "SLURM_JOB_ID": "17"}
+    for code, restarts in [(0, 0), (1, 0), (2, 0), (4, 0), (3, 20), (3, 19), (75, 99), (137, 99), (143, 99)]:
+        environ = {
+            "PATH": f"{tmp_path}:/usr/bin:/bin", "CODE": str(code), "SLURM_JOB_ID": "17",
+            "SLURM_RESTART_COUNT": str(restarts),
+        }  # fmt: skip
         done = subprocess.run(["bash", "-c", block("bash")], capture_output=True, text=True, env=environ)
         assert done.returncode == code
-        assert done.stdout == ("requeue 17\n" if code in (3, 75, 137, 143) else "")
+        assert done.stdout == ("requeue 17\n" if (code, restarts) == (3, 19) or code >= STOPPED else "")

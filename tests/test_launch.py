@@ -136,8 +136,8 @@ def test_options_reach_other_machines_as_they_are(tmp_path: Path) -> None:
 # --- SLURM ---
 
 TWO_TASKS = """
-[ "$1 $2" = "--no-kill --kill-on-bad-exit=0" ] || exit 98
-shift 2
+[ "$1 $2 $3" = "--no-kill --kill-on-bad-exit=0 --cpus-per-task=8" ] || exit 98
+shift 3
 for rank in 0 1; do SLURM_PROCID=$rank "$@" & tasks+=($!); done
 for task in "${tasks[@]}"; do wait "$task" || exit $?; done
 """
@@ -147,17 +147,24 @@ def test_slurm_writes_one_store(tmp_path: Path) -> None:
     done = run(
         [LAUNCH / "slurm.sh", "x.acts.zarr", *TINY], bin_folder=tmp_path / "bin",
         stand_ins={"srun": TWO_TASKS, "scontrol": "exit 97"}, SLURM_JOB_ID="17", SLURM_STEP_NUM_TASKS="2",
-        SLURM_STEP_NODELIST="node[1-2]",
+        SLURM_STEP_NODELIST="node[1-2]", SLURM_CPUS_PER_TASK="8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "worker 1 of 2 (SLURM)" in done.stderr
     check_store(tmp_path / "x.acts.zarr")
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (3, True), (4, False), (75, True)])
-def test_slurm_queues_again_what_can_continue(tmp_path: Path, code: int, requeued: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        (0, "0", False), (1, "0", False), (2, "0", False), (4, "0", False), (75, "99", True), (137, "99", True),
+        (143, "99", True), (3, "19", True), (3, "20", False),
+    ],
+)  # fmt: skip
+def test_slurm_queues_again_what_can_continue(tmp_path: Path, code: int, restarts: str, requeued: bool) -> None:
     done = run(
         [LAUNCH / "slurm.sh", *OPTIONS], bin_folder=tmp_path / "bin", SLURM_JOB_ID="17",
+        SLURM_RESTART_COUNT=restarts, SLURM_CPUS_PER_TASK="8",
         stand_ins={"srun": f"exit {code}", "scontrol": 'echo "$@" > asked'},
     )  # fmt: skip
     assert done.returncode == code

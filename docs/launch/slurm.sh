@@ -15,8 +15,11 @@
 # when a node or a worker dies.
 set -uo pipefail
 code=0
-srun --no-kill --kill-on-bad-exit=0 actstore extract "$@" || code=$?
+# srun ends with the largest code of its workers. Since SLURM 22.05 it does not take --cpus-per-task from sbatch.
+srun --no-kill --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" actstore extract "$@" || code=$?
 case $code in
-    3 | 75) scontrol requeue "$SLURM_JOB_ID" ;; # the storage failed, or it was stopped: the same command continues
+    75 | 137 | 143) scontrol requeue "$SLURM_JOB_ID" ;; # stopped, or one was killed: the same command continues
+    3) # the storage failed: so it does, but not for ever
+        [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ] || scontrol requeue "$SLURM_JOB_ID" ;;
 esac
 exit "$code"
