@@ -20,7 +20,7 @@ from actstore.schema import Marker
 from actstore.table import write_table
 from actstore.writer import BLOCKS_IN_FLIGHT, Writer
 from extract.dealing import PATIENCE_SECONDS, Dealer
-from extract.mesh import Group, lost_members
+from extract.mesh import Group, device_errors
 from extract.packing import Contexts
 from extract.plan import ExtractPlan
 from extract.ranks import Rank
@@ -123,7 +123,7 @@ def run(
             write_table(root, plan.store, plan.documents)
         dealer = Dealer(root, plan.store, rank=rank, patience=patience)
         try:
-            with lost_members(group):
+            with device_errors(group):
                 state = _Run(plan, writer, dealer, rank, group, progress, stopping).compute()
         except BaseException:
             dealer.give_back()

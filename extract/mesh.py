@@ -16,6 +16,7 @@ from jaxtyping import Shaped
 
 from actstore.errors import InputError, StoppedError, WorkerLostError
 from actstore.logs import error_line
+from actstore.schema import printable
 
 if TYPE_CHECKING:
     import jax
@@ -277,17 +278,24 @@ def toward_host(rows: "jax.Array") -> "jax.Array":
 
 
 @contextlib.contextmanager
-def lost_members(group: Group) -> Iterator[None]:
-    """Turns what JAX raises when another member of the group is gone into one line.
+def device_errors(group: Group) -> Iterator[None]:
+    """Turns what JAX raises into one line: a device without memory, another member of the group that is gone.
 
     Raises:
-        WorkerLostError: it is.
+        InputError: what was asked for does not fit.
+        WorkerLostError: another process of the group ended.
     """
     import jax
 
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            first = printable(str(error).splitlines()[0], most=120)
+            raise InputError(
+                f"a device ran out of memory ({first}); run again with a smaller --batch or --context, or a --mesh of "
+                "more devices, into another target: these are part of a run"
+            ) from error
         if group.members == 1:
             raise
         raise WorkerLostError(_LOST) from error

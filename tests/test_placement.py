@@ -23,7 +23,7 @@ from actstore.errors import InputError
 from actstore.kvstore import Root
 from actstore.ledger import read_plan
 from actstore.verify import verify
-from extract.mesh import default_mesh, make_mesh
+from extract.mesh import Group, default_mesh, device_errors, make_mesh
 from extract.models import ModelError, load_model
 from extract.models.config import DecoderConfig
 from extract.models.placement import axes_of, check_mesh, meshes_that_fit, partition
@@ -288,3 +288,12 @@ def test_a_mesh_that_is_not_two_numbers_is_refused(text):
         InputError, match=r"--mesh is .*; expected two whole numbers, DATA,MODEL, such as 4,2 for 8 dev"
     ):
         mesh_sizes(text)
+
+
+def test_a_device_without_memory_is_told_in_one_line():
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+    expected = r"a device ran out of memory \(RESOURCE_EXHAUSTED: .* 9 bytes.\); run again with a smaller --batch or"
+    with pytest.raises(InputError, match=expected), device_errors(Group.of(None)):
+        raise full
+    with pytest.raises(jax.errors.JaxRuntimeError), device_errors(Group.of(None)):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a chip")
