@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 AXES = ("data", "model")
 HEARTBEAT_SECONDS = 10  # JAX's default is 100: as long would a group wait for one that was killed
 JOIN_SECONDS = 300
+LOOK_SECONDS = 0.2  # between two looks for signals
 LEAVE_SECONDS = 10.0  # JAX waits 300 until all others end too: launchers kill after 30
 _LOST = (
     "another of the processes that compute this model ended or cannot be reached; committed blocks stay: run the same "
@@ -76,17 +77,37 @@ def join(coordinator: str, *, processes: int, process: int) -> None:
 
     jax.config.update("jax_enable_preemption_service", val=False)  # type: ignore[no-untyped-call]  # it takes SIGTERM
     _end_with_75_when_others_are_lost()
+    initialize = functools.partial(
+        jax.distributed.initialize, coordinator, num_processes=processes, process_id=process,
+        cluster_detection_method="deactivate", initialization_timeout=JOIN_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )  # fmt: skip
     try:
-        jax.distributed.initialize(
-            coordinator, num_processes=processes, process_id=process, cluster_detection_method="deactivate",
-            initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )  # fmt: skip
+        _in_a_thread(initialize)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"process {process} of {processes} could not join the others through {coordinator}: "
             f"{str(error).splitlines()[0][:200]}; start the same command on every host, each with its own --process-id "
             "and with the address of process 0 as --coordinator"
         ) from None
+
+
+def _in_a_thread(work: Callable[[], None]) -> None:
+    """Does what waits outside Python for long: in the main thread no signal would be handled meanwhile."""
+    failures: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  raised below
+            failures.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK_SECONDS)
+    for failure in failures:
+        raise failure
 
 
 def _end_with_75_when_others_are_lost() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import Worker, workers
+from fleet import OPTIONS, Worker, workers
 from stores import tree
 
 import actstore
@@ -99,3 +99,22 @@ def test_one_that_is_stopped_does_not_wait_for_those_that_go_on(tmp_path: Path) 
     assert fleet[0].code is None  # it had work still
     assert fleet[0].wait(45) == 75, fleet[0].errors
     assert "ended or cannot be reached; committed blocks stay: run the same command again" in fleet[0].errors
+
+
+def test_one_that_waits_for_the_others_can_be_stopped(tmp_path: Path) -> None:
+    """They never come: JAX waits for five minutes."""
+    address = joined()
+    host, port = address[1].rsplit(":", 1)
+    mesh = ["--mesh", ACROSS, "--num-processes", "2", "--process-id", "0"]
+    waits = Worker(tmp_path / "w", "extract", tmp_path / "x.acts.zarr", *OPTIONS, *FEW, *mesh, *address, devices=2)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:  # until its coordinator listens
+        with socket.socket() as probe:
+            if probe.connect_ex((host, int(port))) == 0:
+                break
+        time.sleep(0.1)
+    time.sleep(1.0)
+    assert waits.code is None, waits.errors
+    waits.signal(signal.SIGTERM)
+    assert waits.wait(20) == 75, waits.errors
+    assert waits.errors.splitlines()[-1] == "error: stopped by SIGTERM; run the same command again to continue"
