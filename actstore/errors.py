@@ -103,7 +103,7 @@ class StorageFullError(StorageError):
 
 
 class StoppedError(ActstoreError):
-    """Asked to stop (SIGTERM, SIGINT). Running the same command again continues."""
+    """Asked to stop (SIGTERM, SIGINT, SIGHUP). Running the same command again continues."""
 
     exit_code = 75
 

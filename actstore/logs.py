@@ -3,9 +3,11 @@
 Which of the two is known to Python's `logging` alone: a program that wants JSON installs `JsonLines` there, once.
 """
 
+import contextlib
 import datetime as dt
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -66,6 +68,15 @@ def error_line(text: str) -> str:
     if formatter is None:
         return f"error: {text}\n"
     return formatter.format(logging.LogRecord(NAMES[0], logging.ERROR, "", 0, text, None, None)) + "\n"
+
+
+def say_last(text: str) -> None:
+    """Writes the last line of a program that ends at once, past locks and buffers, whether anyone reads it or not."""
+    if sys.stderr is None:  # it was closed before Python began: the number 2 may be any file by now
+        return
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{show_cursor}{error_line(text)}".encode())
 
 
 def _formatter() -> JsonLines | None:

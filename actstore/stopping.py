@@ -1,23 +1,26 @@
-"""What SIGINT and SIGTERM do to a command: one line and exit code 75, at any moment.
+"""What SIGINT, SIGTERM and SIGHUP do to a command: one line and exit code 75, at any moment.
 
 Until a command writes, a signal ends the process at once: there is nothing to put in order. While it writes
 (`finishing`), a signal only sets a mark, the loop ends at its next step, and what was handed to the writer is
 committed: within 25 seconds, else it is dropped. A second signal ends the process at once. Ending at once skips the
 interpreter's teardown, in which threads that still compute would crash.
+
+SIGHUP says that the terminal is gone, such as that of an ssh session. Where it is ignored, as under nohup, it stays so.
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
-import sys
+import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 from actstore.errors import StoppedError
-from actstore.logs import error_line
+from actstore.logs import say_last
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIMIT_SECONDS = 25.0  # launchers that send SIGTERM kill after 30 s or more
 
 
@@ -34,6 +37,8 @@ class Stopping:
     def handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  the signature of a handler
         """Called by Python in the main thread, between two of its instructions."""
         name = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if self.kept is not None and self.received is None:
             self.received = name
             dropped = f"{name}, what was not written after {LIMIT_SECONDS:.0f} s is dropped"
@@ -58,7 +63,7 @@ class Stopping:
         if (reason := self.reason()) is not None:
             raise StoppedError(reason)
 
-    @contextmanager
+    @contextlib.contextmanager
     def finishing(self, kept: str) -> Iterator[None]:
         """Inside, signals wait for the next `check`. `kept` says what stays."""
         self.kept = kept
@@ -72,22 +77,31 @@ class Stopping:
 
 def _end(why: str) -> None:
     """Ends the process at once."""
-    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    said = error_line(f"stopped by {why}; run the same command again to continue")
-    os.write(2, f"{show_cursor}{said}".encode())
+    say_last(f"stopped by {why}; run the same command again to continue")
     os._exit(StoppedError.exit_code)
+
+
+def _leave_terminal() -> None:
+    """Lets what is said from now on go nowhere, where it went to a terminal that is gone: each write would fail."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
 
 
 STOPPING = Stopping()
 
 
 def install() -> None:
-    """Takes over SIGINT and SIGTERM of this process. For programs, not for libraries."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, STOPPING.handle)
+    """Takes over SIGINT, SIGTERM and SIGHUP of this process. For programs, not for libraries."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, STOPPING.handle)
 
 
 def ignore() -> None:
     """Lets a process that is done end with its own exit code, whatever signal comes while Python shuts down."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Runs a plan in front of a person, or of programs: progress, metrics, and a clean end at SIGINT and SIGTERM."""
+"""Runs a plan in front of a person, or of programs: progress, metrics, and a clean end at signals."""
 
 import contextlib
 import dataclasses

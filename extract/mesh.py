@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from actstore.errors import InputError, StoppedError, WorkerLostError
-from actstore.logs import error_line
+from actstore.logs import say_last
 from actstore.schema import printable
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _end_with_75_when_others_are_lost() -> None:
     """
 
     def end(_: int) -> None:
-        os.write(2, error_line(_LOST).encode())
+        say_last(_LOST)
         os._exit(WorkerLostError.exit_code)
 
     _HANDLERS.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(end))
@@ -139,8 +139,7 @@ def leaving() -> Iterator[None]:
     except StoppedError as error:
         if not jax.distributed.is_initialized():
             raise
-        said = error_line(" ".join(str(error).split()))
-        os.write(2, said.encode())
+        say_last(" ".join(str(error).split()))
         farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         farewell.start()
         farewell.join(LEAVE_SECONDS)

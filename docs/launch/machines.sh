@@ -12,7 +12,7 @@ options=$(printf '%q ' "$@")
 workers=()
 trap 'kill "${workers[@]}" 2> /dev/null || true' INT TERM
 for rank in "${!hosts[@]}"; do
-    # -tt: when the connection ends, so does the worker
+    # -tt: when the connection ends, the worker gets SIGHUP, commits what it has and ends
     ssh -tt -o BatchMode=yes -o ServerAliveInterval=15 "${hosts[rank]}" \
         "exec actstore extract $options --launcher none --num-processes ${#hosts[@]} --process-id $rank" < /dev/null &
     workers+=("$!")
