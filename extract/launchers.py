@@ -105,7 +105,8 @@ _REMEDY = "; give --num-processes and --process-id, and --launcher none so that 
 def detect(machine: TpuVm) -> Launched | None:
     """What the launcher of this process says; None where nobody started it as one of several.
 
-    `mpirun` inside a job of SLURM speaks for its processes, and GKE for the pods of a Job.
+    `mpirun` inside a job of SLURM speaks for its processes, and GKE for the pods of a Job. Where each pod is a slice of
+    one host, GKE says process 0 of 1 to all of them, and the index in the Job tells them apart.
 
     Raises:
         InputError: two launchers contradict each other, or one says what cannot be.
@@ -118,6 +119,8 @@ def detect(machine: TpuVm) -> Launched | None:
                 f"{first}, {other}: they contradict each other; choose one with --launcher {first.launcher} or "
                 f"{other.launcher}, or give --launcher none"
             )
+    if [(said.launcher, said.processes) for said in found] == [("tpu", 1), ("kubernetes", None)]:
+        return found[1]
     return found[0] if found else None
 
 

@@ -59,6 +59,8 @@ def resolve(process_id: int | None, num_processes: int | None, machine: TpuVm, *
         found = f"{said}; " if said is not None else ""
         alone = " (or --launcher none to compute alone)" if said is not None else ""
         raise InputError(f"{found}give --process-id and --num-processes together: {lacks} is missing{alone}")
+    if workers < 1:
+        raise InputError(f"--num-processes is {workers}; expected at least 1")
     if not 0 <= rank < workers:
         raise InputError(f"--process-id is {rank} of {workers}; expected 0 to {workers - 1}")
     return Rank(rank, workers, said.title if said else "options", said.coordinator if said else None)

@@ -33,6 +33,7 @@ SLICES = GKE | {
     "MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "first.net:8080",
     "JOB_COMPLETION_INDEX": "2",
 }  # fmt: skip
+ONE_HOST_SLICES = {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost", "JOB_COMPLETION_INDEX": "7"}
 ADDRESSES = {"TPU_WORKER_ID": "0", "TPU_PROCESS_ADDRESSES": "10.0.0.1:8471,10.0.0.2:8471"}
 
 CASES: dict[str, tuple[Mapping[str, str], Rank]] = {
@@ -98,6 +99,7 @@ GIVEN: dict[str, tuple[Mapping[str, str], tuple[int | None, int | None], str, Ra
     "the number of pods": ({"JOB_COMPLETION_INDEX": "5"}, (None, 8), "auto", Rank(5, 8, "Kubernetes")),
     "one of two, chosen": (SLURM | GKE, (None, None), "tpu", Rank(2, 4, "GKE", "job-0.net:8482")),
     "the outer, chosen": (SLURM | OPEN_MPI_5, (None, None), "slurm", Rank(3, 8, "SLURM", "node007:61441")),
+    "slices of one host": (ONE_HOST_SLICES, (None, 8), "auto", Rank(7, 8, "Kubernetes")),
     "one task of its launcher": (
         SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (1, 2), "auto", Rank(1, 2, "options"),
     ),
@@ -121,6 +123,11 @@ REFUSED: dict[str, tuple[Mapping[str, str], tuple[int | None, int | None], str, 
         SLURM | GKE, (None, None), "auto",
         "SLURM says process 3 of 8, GKE says process 2 of 4: they contradict each other; choose one with --launcher",
     ),
+    "slices of one host, nobody knows how many": (
+        ONE_HOST_SLICES, (None, None), "auto",
+        "Kubernetes says process 7; give --process-id and --num-processes together: --num-processes is missing (or",
+    ),
+    "no processes": ({}, (0, 0), "auto", "--num-processes is 0; expected at least 1"),
     "pods of nobody knows how many": (
         {"JOB_COMPLETION_INDEX": "5"}, (None, None), "auto",
         "Kubernetes says process 5; give --process-id and --num-processes together: --num-processes is missing (or",
