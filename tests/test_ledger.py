@@ -387,4 +387,4 @@ def test_a_start_may_be_cut_off_anywhere(ready, tmp_path, monkeypatch):
         SMALL.write(path, seal=False)
         assert tree(path) == tree(ready)
         cuts += 1
-    assert cuts == 1 + 7 + 1  # plan, seven arrays, group
+    assert cuts == 1 + 7 + 1 + 1  # plan, seven arrays, group, labels
