@@ -36,14 +36,15 @@ from actstore.ledger import (
     key_in,
     lineage,
     marker_key,
+    node_objects,
     read_asset,
     stored_generations,
     write_manifest,
 )
-from actstore.metadata import array_metadata, documents_group, shard_key, table_group, table_groups
+from actstore.metadata import array_metadata, shard_key, table_group
 from actstore.objects import Objects
 from actstore.reader import check_complete
-from actstore.schema import Plan, Seal, TableMarker, canonical_json
+from actstore.schema import Plan, Seal, TableMarker
 from actstore.shards import CHECKSUM_BYTES, packed_index
 from actstore.verify import MAX_ASSET_BYTES
 from actstore.vouchers import Vouchers
@@ -162,10 +163,7 @@ class _Copy:
 
     def _nodes(self) -> None:
         """Metadata of arrays and groups, labels of layers, assets."""
-        for group in table_groups(self._plan):
-            self._target.write(f"{group}/zarr.json", canonical_json(documents_group()))
-        for name, metadata in self._arrays.items():
-            self._target.write(f"{name}/zarr.json", canonical_json(metadata))
+        self._target.write_all(node_objects(self._plan, complete=True))
         for site in self._plan.layout.sites:
             if site.layers is not None:
                 name = self._plan.layout.layer_dimension(site)
@@ -327,9 +325,11 @@ class _Copy:
                 rows: Shaped[np.ndarray, "_"] = part[:chunk].view(source.array.dtype.numpy_dtype)
                 rows = rows.reshape(source.chunk_samples, *source.array.shape[-1:] * source.is_site)
                 compare(source, self._vouchers, layer, first, rows[: stop - first])
+        if not source.is_site:
+            return
         length = chunk + checksum
         index = packed_index([number for place in range(count) for number in (place * length, length)])
-        if source.is_site and whole[count * length :].tobytes() != index:
+        if whole[count * length :].tobytes() != index:
             raise CorruptStoreError(f"{where} has an index that is not that of its chunks; run `actstore verify`")
 
     def _object(self, key: str) -> bytes:

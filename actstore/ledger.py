@@ -428,8 +428,14 @@ def create_nodes(root: Root, plan: Plan) -> None:
     if plan.base is not None:
         _check_base(root, plan)
         return
-    root.create_all(_nodes(array_metadata(plan, complete=False) | dict.fromkeys(table_groups(plan), documents_group())))
+    root.create_all(node_objects(plan, complete=False))
     root.create("zarr.json", canonical_json(group_metadata(plan, status="writing")))
+
+
+def node_objects(plan: Plan, *, complete: bool) -> dict[str, bytes]:
+    """Key and bytes of the `zarr.json` of every array and of the groups of documents; not of the root group."""
+    groups = dict.fromkeys(table_groups(plan), documents_group())
+    return _nodes(array_metadata(plan, complete=complete) | groups)
 
 
 def _nodes(metadata: Mapping[str, dict[str, Any]]) -> dict[str, bytes]:
@@ -512,11 +518,11 @@ def write_manifest(root: Root, plan: Plan) -> tuple[str, list[dict[str, tuple[in
     found = root.read_all(marker_key(block, plan.generation) for block in plan.blocks)
     digest, bounds = hashlib.sha256(), list[dict[str, tuple[int, int]]]()
 
-    def markers() -> Iterator[Marker]:
+    def markers() -> Iterator[bytes]:
         for block, data in zip(plan.blocks, found, strict=True):
             marker = parsed_marker(root, plan, block, data)
             bounds.append(marker.ranges)
-            yield marker
+            yield marker.to_json()
         _refuse_lost_shards(root, plan)
 
     def pieces() -> Iterator[memoryview]:

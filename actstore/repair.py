@@ -15,9 +15,10 @@ from actstore.ledger import (
     lineage,
     longer,
     marker_key,
+    node_objects,
     stored_generations,
 )
-from actstore.metadata import array_metadata, documents_group, group_metadata, table_group, table_groups
+from actstore.metadata import group_metadata, table_group
 from actstore.schema import Plan, canonical_json
 from actstore.verify import Finding, Report
 
@@ -70,10 +71,7 @@ def repair(root: Root, plan: Plan, report: Report) -> Repair:
 def _write_nodes(root: Root, plan: Plan, *, complete: bool) -> None:
     """The status first, then the shapes."""
     root.write("zarr.json", canonical_json(group_metadata(plan, status="complete" if complete else "writing")))
-    for name, spec in array_metadata(plan, complete=complete).items():
-        root.write(f"{name}/zarr.json", canonical_json(spec))
-    for group in table_groups(plan):
-        root.write(f"{group}/zarr.json", canonical_json(documents_group()))
+    root.write_all(node_objects(plan, complete=complete))
 
 
 def _taken_back(root: Root, generations: int, finding: Finding) -> list[str]:

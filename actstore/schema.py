@@ -329,12 +329,12 @@ class Manifest(StoredDocument):
     blocks: tuple[Marker, ...]
 
     @classmethod
-    def pieces(cls, fingerprint: str, markers: Iterable[Marker]) -> Iterator[bytes]:
-        """The bytes of a manifest, marker by marker: all of them may be more than fit into memory."""
+    def pieces(cls, fingerprint: str, markers: Iterable[bytes]) -> Iterator[bytes]:
+        """The bytes of a manifest, made of those of its markers: all of them may be more than fit into memory."""
         before, after = canonical_json({"blocks": [], "fingerprint": fingerprint, "format": FORMAT}).split(b"[]")
         yield before + b"["
         for number, marker in enumerate(markers):
-            yield (b"," if number else b"") + marker.to_json()
+            yield (b"," if number else b"") + marker
         yield b"]" + after
 
 

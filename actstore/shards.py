@@ -104,7 +104,7 @@ def encode(
                 tail = np.full((chunk_samples - len(head) - len(chunk), rows.shape[1]), fill, rows.dtype)
                 chunk = np.concatenate([head, chunk, tail])
                 checksum = crc32c(_bytes(chunk).data)
-            pieces = [_bytes(chunk).data, *([stored_checksum(checksum)] if codec == "crc32c" else [])]
+            pieces = [_bytes(chunk).data, *([_stored(checksum)] if codec == "crc32c" else [])]
             length = sum(map(len, pieces))
             index += [place, length]
             place += length
@@ -115,7 +115,12 @@ def encode(
 def packed_index(numbers: Sequence[int]) -> bytes:
     """The end of a shard: place and length of each chunk, one after the other, and their CRC-32C."""
     packed = struct.pack(f"<{len(numbers)}Q", *numbers)
-    return packed + stored_checksum(crc32c(packed))
+    return with_checksum(packed)
+
+
+def with_checksum(data: bytes) -> bytes:
+    """Bytes as the codec `crc32c` stores them."""
+    return data + _stored(crc32c(data))
 
 
 def chunk_digests(rows: Rows, *, start: int, chunk_samples: int) -> str:
@@ -154,6 +159,6 @@ def _digits(checksums: list[int]) -> str:
     return "".join(f"{checksum:08x}" for checksum in checksums)
 
 
-def stored_checksum(checksum: int) -> memoryview:
+def _stored(checksum: int) -> memoryview:
     """CRC-32C, little-endian, as the codec `crc32c` appends it."""
     return memoryview(checksum.to_bytes(CHECKSUM_BYTES, "little"))

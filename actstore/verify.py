@@ -39,7 +39,7 @@ from actstore.ledger import (
 )
 from actstore.metadata import array_metadata, documents_group, group_metadata, table_group, table_groups
 from actstore.objects import Objects
-from actstore.schema import MAX_DOCUMENT_BYTES, Marker, Plan, Seal, TableMarker, canonical_json
+from actstore.schema import MAX_DOCUMENT_BYTES, Manifest, Marker, Plan, Seal, TableMarker, canonical_json
 from actstore.shards import chunk_digests
 
 Depth = Literal["fast", "sample", "full"]
@@ -351,11 +351,11 @@ def _seal_findings(root: Root, plan: Plan) -> Iterator[Finding]:
 
 def _resealed_findings(root: Root, plan: Plan, sealed: str) -> Iterator[Finding]:
     """Markers that are not those of the manifest, whose digest is `sealed`: the manifest is its markers, joined."""
-    found = hashlib.sha256(b'{"blocks":[')
+    found = hashlib.sha256()
+    markers = (root.read(marker_key(block, plan.generation)) or b"" for block in plan.blocks)
     try:
-        for block in plan.blocks:
-            found.update(b"," * (block > plan.blocks[0]) + (root.read(marker_key(block, plan.generation)) or b""))
-        found.update(b'],"fingerprint":' + canonical_json(plan.fingerprint) + b',"format":1}')
+        for piece in Manifest.pieces(plan.fingerprint, markers):
+            found.update(piece)
         if found.hexdigest() == sealed:
             return
         manifest = root.read(key_in(plan.generation, MANIFEST_KEY), most_bytes=MAX_ASSET_BYTES) or b""

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from crc32c import crc32c
 from jaxtyping import Float32, Shaped
 from numpy.typing import ArrayLike
 
@@ -36,7 +35,7 @@ from actstore.ledger import (
 from actstore.metadata import array_metadata, label_chunks, shard_key
 from actstore.moments import as_stored, to_float32
 from actstore.schema import FORMAT, MAX_CHUNK_DIGESTS, Marker, Plan
-from actstore.shards import RowSums, encode, stored_checksum
+from actstore.shards import RowSums, encode, with_checksum
 from actstore.vouchers import Vouchers
 
 Array = Shaped[np.ndarray, "..."]
@@ -310,7 +309,7 @@ def _label_objects(plan: Plan) -> dict[str, bytes]:
         name = plan.layout.layer_dimension(site)
         labels = np.pad(np.asarray(site.layers, "<i4"), (0, -len(site.layers) % chunks[name]), constant_values=-1)
         for number, part in enumerate(labels.reshape(-1, chunks[name])):
-            objects[f"{name}/c/{number}"] = part.tobytes() + bytes(stored_checksum(crc32c(part.tobytes())))
+            objects[f"{name}/c/{number}"] = with_checksum(part.tobytes())
     return objects
 
 

@@ -59,7 +59,7 @@ def test_a_document_comes_back_as_it_was(document):
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_the_pieces_of_a_manifest_are_its_json(count):
     whole = Manifest(format=1, fingerprint=PLAN.fingerprint, blocks=(MARKER,) * count)
-    assert b"".join(Manifest.pieces(PLAN.fingerprint, iter(whole.blocks))) == whole.to_json()
+    assert b"".join(Manifest.pieces(PLAN.fingerprint, (marker.to_json() for marker in whole.blocks))) == whole.to_json()
 
 
 @given(JSON)
