@@ -29,9 +29,11 @@ RENEW_SECONDS = 15.0  # of claims: four times within the patience of others
 RENEWED_BLOCKS = BLOCKS_IN_MEMORY + 1  # those that a worker may have in hand: one is dealt ahead
 LONGEST_BLOCKS = 4  # others may take this many times as long as the longest block here
 POLL_SECONDS = (0.2, 5.0)  # the first and the longest wait for others
-WAITING_AT_ONCE = 100  # workers that look within a second, at most: of more, each waits longer
+LOOKS_A_SECOND = 25  # for blocks, of all workers, a dozen requests each: of more, each waits longer from the first on
+SEAL_LOOKS_A_SECOND = 100  # for the seal, a few requests each
 WINDOWS_AT_ONCE = 4  # that a worker without blocks looks into before it waits
-CLAIMS_AT_ONCE = 16  # of others that it reads then
+CLAIMS_AT_ONCE = (2, 16)  # of others that it reads then, at least and at most
+CLAIMS_OF_ALL = 1024  # that all workers read if all look once
 SEAL_SECONDS = 0.002  # for a block, of sealing: 64 markers are read at a time, each within 0.1 s
 REFRESH_SECONDS = 10.0
 REFRESH_SHARE = 0.02  # most of the time that may go into listing markers for progress
@@ -67,11 +69,12 @@ class Dealer:
         self._look(self._open if rank.rank == 0 else _windows(self._share))
 
     def __iter__(self) -> Iterator[int | None]:
-        """Yields blocks to compute; None where nothing can be taken now, before it waits. Ends when nothing is left."""
+        """Yields blocks to compute; None before each pause where nothing can be taken. Ends when nothing is left."""
         for block in self._share:
             if self._take(block):
                 yield block
-        turn, wait = 0, POLL_SECONDS[0]
+        turn, first = 0, self._first_wait(LOOKS_A_SECOND)
+        wait = first
         while self._pending_elsewhere():
             dealt = False
             for block in self._free(turn):
@@ -80,10 +83,11 @@ class Dealer:
                     yield block
             turn += 1
             if dealt:
-                wait = POLL_SECONDS[0]
+                wait = first
                 continue
-            yield None
-            wait = self._wait(wait)
+            for _ in self._pauses(wait):
+                yield None
+            wait = _longer(wait)
             self._watch()
 
     def wanted(self, block: int) -> bool:
@@ -166,9 +170,9 @@ class Dealer:
 
         Args:
             complete: writes what else is missing; safe to repeat.
-            waiting: called while another worker seals.
+            waiting: called while another worker seals, every 5 s or more often.
         """
-        wait = POLL_SECONDS[0]
+        wait = self._first_wait(SEAL_LOOKS_A_SECOND)
         try:
             while not is_sealed(self._root, self._plan):
                 if self._sees_all_committed():
@@ -177,8 +181,9 @@ class Dealer:
                     self._watches = False
                     self._claims.clear()
                     return
-                waiting()
-                wait = self._wait(wait)
+                for _ in self._pauses(wait):
+                    waiting()
+                wait = _longer(wait)
         except BaseException:
             self.give_back()
             raise
@@ -213,10 +218,17 @@ class Dealer:
         done = (self._dealt - 1) * self._plan.layout.block_samples
         return done / max(time.monotonic() - self._began, 1e-9) if done > 0 else None
 
-    def _wait(self, seconds: float) -> float:
-        """Waits for others, not in step with them; returns how long to wait the next time."""
-        time.sleep(seconds * self._jitter.uniform(0.5, 1.0))
-        return min(2 * seconds, max(POLL_SECONDS[1], self._rank.workers / WAITING_AT_ONCE))
+    def _pauses(self, seconds: float) -> Iterator[None]:
+        """Waits for others, not in step with them. Before each pause the caller may stop, or say that it lives."""
+        left = seconds * self._jitter.uniform(0.5, 1.0)
+        while left > 0:
+            yield
+            time.sleep(min(left, POLL_SECONDS[1]))
+            left -= POLL_SECONDS[1]
+
+    def _first_wait(self, looks: int) -> float:
+        """Of all workers, so many look within a second. Where the storage is the limit, all run out at once."""
+        return max(POLL_SECONDS[0], self._rank.workers / looks)
 
     def _pending_elsewhere(self) -> bool:
         """Whether a block is neither committed nor in hand, as far as this worker knows."""
@@ -227,20 +239,26 @@ class Dealer:
         """What to try next: blocks of one window that nobody has, or else some that others have had for too long."""
         others: list[int] = []
         for window in rest(sorted(self._open), self._rank.rank, turn)[:WINDOWS_AT_ONCE]:
-            self._look([window])
-            pending = [
-                block for block in _inside(self._plan.blocks, window)
-                if block not in self.committed and block not in self._given
-            ]  # fmt: skip
-            if not pending:
+            claimed, pending = self._claims.claimed(window), self._pending(window)
+            if pending and claimed.issuperset(pending):  # then markers, up to 1,000 names, would say little
+                others += pending
                 continue
-            claimed = self._claims.claimed(window)
+            self._look([window])
+            pending = self._pending(window)
             if free := [block for block in pending if block not in claimed]:
                 rivals = math.ceil(self._rank.workers / len(self._open))
                 return rest(free, self._rank.rank, turn)[: max(1, len(free) // (2 * rivals))]
             others += pending
-        some = rest(sorted(others), self._rank.rank, turn)[:CLAIMS_AT_ONCE]
+        least, most = CLAIMS_AT_ONCE
+        some = rest(sorted(others), self._rank.rank, turn)[: min(max(least, CLAIMS_OF_ALL // self._rank.workers), most)]
         return self._claims.over(some, patience=self._patience, most=self._most)
+
+    def _pending(self, window: int) -> list[int]:
+        """Blocks of a window that are neither in hand nor known to be committed."""
+        return [
+            block for block in _inside(self._plan.blocks, window)
+            if block not in self.committed and block not in self._given
+        ]  # fmt: skip
 
     def _watch(self) -> None:
         """Looks whether all is done, where there is more than a turn looks at."""
@@ -275,6 +293,11 @@ class Dealer:
 def _say(did: str, block: int) -> None:
     """A line of the log; nothing where nobody reads it."""
     logging.getLogger(__name__).info("%s block %d", did, block, extra={"fields": {"did": did, "block": block}})
+
+
+def _longer(wait: float) -> float:
+    """The next wait, in seconds."""
+    return max(wait, min(2 * wait, POLL_SECONDS[1]))
 
 
 def _windows(blocks: Sequence[int]) -> range:

@@ -19,7 +19,7 @@ import resource
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +41,7 @@ from extract.division import share
 from extract.ranks import Rank
 
 PASS_SECONDS = 15.0  # of a forward pass at most: fewer events than the passes of a small batch
+RATE_SECONDS = 10.0  # over which requests are counted, where it matters how many come at once
 PAGE = 1000  # keys of one answer to a listing
 SITE = Site("resid_post", 896, (6, 12, 18, 23))  # of Qwen2.5-0.5B
 
@@ -88,6 +89,9 @@ class Outcome:
     """Seconds from a host's first request to when it knows what is left of its share."""
     requests: Counter[str] = dataclasses.field(default_factory=Counter)
     """By kind and folder, small objects alone: whole shards, norms and columns are `data`."""
+
+    busiest: float = 0.0
+    """Requests per second of small objects in the busiest ten seconds, those in which all hosts begin left out."""
 
     @property
     def lost_share(self) -> float:
@@ -151,48 +155,99 @@ class Clock:
             raise Killed
 
 
+@dataclasses.dataclass(eq=False)
+class Link:
+    """What one host sends now."""
+
+    left: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Bytes of each of its writes, when the pipe was at `at`."""
+    at: float = 0.0
+    version: int = 0
+    """Of what the pipe has planned for it."""
+
+
 class Pipe:
-    """Storage that takes so many bytes in a second, dealt out evenly among the writes under way."""
+    """Storage that takes so many bytes in a second, dealt out evenly among hosts that write, a host's among its writes.
+
+    Processor sharing in virtual time: all hosts that write send at one rate, so the bytes that one of them would have
+    sent that has written for ever are a clock for all. By that clock the next write of a host ends at the same moment
+    whatever other hosts begin or give up, and a heap has these moments: O(log hosts) for each.
+    """
 
     def __init__(self, clock: Clock, total: float, each: float) -> None:
         self._clock, self._total, self._each = clock, total, each
-        self._writes: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers, self._dropped = itertools.count(), set[int]()
-        self._sent = self._when = 0.0  # bytes that a write would have sent that has been there for ever
+        self._links: dict[Hashable, Link] = {}
+        self._ends: list[tuple[float, int, int, Hashable, Link]] = []  # number of the write, version of its link
+        self._done: dict[int, Callable[[], None]] = {}
+        self._numbers = itertools.count()
+        self._sent = self._when = 0.0  # bytes that a host would have sent that has written for ever
         self._version = 0
 
-    def begin(self, size: float, done: Callable[[], None]) -> int:
+    def begin(self, host: Hashable, size: float, done: Callable[[], None]) -> int:
+        """Begins a write, at whose end `done` is called; gives its number."""
         self._advance()
         number = next(self._numbers)
-        heapq.heappush(self._writes, (self._sent + size, number, done))
-        self._plan_next()
+        link = self._links.setdefault(host, Link(at=self._sent))
+        self._settle(link)
+        link.left[number], self._done[number] = size, done
+        self._plan(host, link)
         return number
 
-    def drop(self, number: int) -> None:
-        self._dropped.add(number)
+    def drop(self, host: Hashable, number: int) -> None:
+        """Ends a write before its time, unless it has ended: it takes nothing from others any more."""
+        if self._done.pop(number, None) is not None:
+            self._advance()
+            self._end(host, self._links[host], number)
 
-    def _rate(self) -> float:
-        return min(self._each, self._total / max(len(self._writes), 1))
+    @property
+    def writes(self) -> int:
+        """How many are under way."""
+        return len(self._done)
 
     def _advance(self) -> None:
+        """To the present, at the rate that held since the last change."""
         self._sent += self._rate() * (self._clock.now - self._when)
         self._when = self._clock.now
 
-    def _plan_next(self) -> None:
+    def _rate(self) -> float:
+        """Bytes per second of each host that writes."""
+        return min(self._each, self._total / max(len(self._links), 1))
+
+    def _settle(self, link: Link) -> None:
+        """Takes off what its writes have sent."""
+        if link.left:
+            sent = (self._sent - link.at) / len(link.left)
+            link.left = {number: left - sent for number, left in link.left.items()}
+        link.at = self._sent
+
+    def _end(self, host: Hashable, link: Link, number: int) -> None:
+        self._settle(link)
+        del link.left[number]
+        self._plan(host, link)
+
+    def _plan(self, host: Hashable, link: Link) -> None:
+        """Plans the next end of a host that has changed, and of all."""
+        link.version += 1
+        if link.left:
+            left, number = min((left, number) for number, left in link.left.items())
+            heapq.heappush(self._ends, (self._sent + left * len(link.left), number, link.version, host, link))
+        else:
+            del self._links[host]
+        while self._ends and self._ends[0][2] != self._ends[0][4].version:
+            heapq.heappop(self._ends)
         self._version += 1
-        if self._writes:
-            version, seconds = self._version, max(self._writes[0][0] - self._sent, 0.0) / self._rate()
+        if self._ends:
+            version, seconds = self._version, max(self._ends[0][0] - self._sent, 0.0) / self._rate()
             self._clock.at(self._clock.now + seconds, lambda: self._finish(version))
 
     def _finish(self, version: int) -> None:
         if version != self._version:
             return
         self._advance()
-        _, number, done = heapq.heappop(self._writes)
-        self._plan_next()
-        if number not in self._dropped:
-            done()
-        self._dropped.discard(number)
+        _, number, _, host, link = heapq.heappop(self._ends)
+        done = self._done.pop(number)
+        self._end(host, link, number)
+        done()
 
 
 class Bucket:
@@ -203,6 +258,8 @@ class Bucket:
         self.objects: dict[str, bytes] = {}
         self.shards: set[int] = set()
         self.requests: Counter[str] = Counter()
+        self.rates: Counter[int] = Counter()
+        """Of small objects, in each `RATE_SECONDS`."""
         self._folders: dict[str, list[bytes]] = {}
 
     def read(self, key: str, byte_range: slice | None = None) -> Any:
@@ -261,6 +318,7 @@ class Bucket:
     def _count(self, kind: str, key: str, count: int = 1) -> None:
         folder = "claims" if key.startswith(CLAIM_FOLDER) else "markers" if key.startswith(MARKER_FOLDER) else "other"
         self.requests[f"{kind} {folder}"] += count
+        self.rates[int(self.clock.now // RATE_SECONDS)] += count
 
 
 def _folder(key: str) -> str:
@@ -302,7 +360,7 @@ class Host:
         if self.since is not None:
             self.run.outcome.blocks_computed += (self.run.clock.now - self.since) / self.run.block_seconds
         for write in self.writes.values():
-            self.run.pipe.drop(write)
+            self.run.pipe.drop(self.name, write)
         self.run.clock.wake(self)
 
     def _whole_life(self) -> None:
@@ -324,6 +382,7 @@ class Host:
         run.outcome.longest_resume = max(run.outcome.longest_resume, clock.now - began)
         for block in dealer:
             if block is None:
+                dealer.keep()
                 continue
             self.since = clock.now
             passes = math.ceil(run.block_seconds / PASS_SECONDS)
@@ -355,7 +414,7 @@ class Host:
         def written() -> None:
             clock.at(clock.now + 3 * run.scenario.request_seconds, commit)
 
-        self.writes[block] = run.pipe.begin(run.plan.layout.block_bytes, written)
+        self.writes[block] = run.pipe.begin(self.name, run.plan.layout.block_bytes, written)
 
 
 class Run:
@@ -386,6 +445,9 @@ class Run:
             self.clock.run()
             assert is_sealed(self.root, self.plan)
         assert self.bucket.shards == set(self.plan.blocks)
+        begun = self.scenario.start_seconds // RATE_SECONDS + 1
+        rates = [count for number, count in self.bucket.rates.items() if number > begun]
+        self.outcome.busiest = max(rates, default=0) / RATE_SECONDS
         return self.outcome
 
     def commit(self, block: int) -> None:
@@ -495,7 +557,8 @@ def main() -> None:
         "deaths": f"{outcome.deaths:,}",
         "lost work": f"{outcome.lost_share:.2%}; {outcome.twice:,} blocks written twice",
         "requests": f"{data + small:,}; {data / outcome.blocks:.1f} data, {small / outcome.blocks:.1f} others a block",
-        "requests/s": f"{(data + small) / outcome.seconds:,.0f}",
+        "requests/s": f"{(data + small) / outcome.seconds:,.0f}; {outcome.busiest:,.0f} of others in the busiest "
+        f"{RATE_SECONDS:.0f} s",
         "resume": f"{outcome.longest_resume:.1f} s at most, {scenario.request_seconds} s a request",
         "own time": f"plan {own.plan_seconds:.2f} s, resume {own.resume_seconds:.2f} s ({own.list_requests} pages) for "
         f"worker 0, {own.share_seconds:.2f} s for others",
@@ -510,7 +573,8 @@ def main() -> None:
         "scenario": dataclasses.asdict(scenario), "blocks": outcome.blocks, "seconds": round(outcome.seconds, 1),
         "committed_seconds": round(outcome.committed_seconds, 1), "deaths": outcome.deaths,
         "lost_share": round(outcome.lost_share, 5), "twice": outcome.twice, "requests": dict(outcome.requests),
-        "longest_resume": round(outcome.longest_resume, 2), "own": dataclasses.asdict(own),
+        "longest_resume": round(outcome.longest_resume, 2), "busiest": round(outcome.busiest, 1),
+        "own": dataclasses.asdict(own),
     }  # fmt: skip
     print(json.dumps(found))
 

@@ -1,12 +1,16 @@
 """Runs on many hosts that die, over a fake clock: what is lost, how long it takes, and what the storage is asked."""
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from kill_points import unchecked
-from pod_simulation import Bucket, BucketRoot, Clock, Outcome, Scenario, costs, simulate
+from pod_simulation import Bucket, BucketRoot, Clock, Outcome, Pipe, Scenario, costs, simulate
 
 from actstore.claims import CLAIM_FOLDER
 from actstore.ledger import MARKER_FOLDER
@@ -86,6 +90,35 @@ def test_storage_is_the_limit_where_it_is_slow() -> None:
     assert outcome.blocks_computed == outcome.blocks
 
 
+def test_hosts_that_die_before_a_slow_storage_cost_little_more_than_it_takes() -> None:
+    """It takes half of what the hosts could send: each has two blocks under way, and waits with a third."""
+    emitted = SMALL.hosts * SMALL.samples_per_second * SMALL.plan().layout.data_bytes / SMALL.samples
+    slow = dataclasses.replace(SMALL, storage_bytes_per_second=emitted / 2)
+    outcome = simulate(slow)
+    bound = slow.start_seconds + slow.plan().layout.data_bytes / slow.storage_bytes_per_second
+    print(bound, outcome)
+    assert outcome.deaths > 40
+    assert 0 < outcome.lost_share < 0.08  # of 1,500 blocks up to three for a death
+    assert outcome.twice <= outcome.deaths
+    assert (
+        bound <= outcome.committed_seconds < 1.15 * bound + 60
+    )  # the last blocks of the dead are taken after a minute
+    assert outcome.seconds < outcome.committed_seconds + 20
+
+
+def test_many_hosts_that_run_out_at_once_do_not_ask_all_at_once() -> None:
+    """They wait half a minute for their last blocks, and look for others meanwhile."""
+    crowd = dataclasses.replace(
+        QUIET, hosts=256, samples=256 * 1024, samples_per_second=1e4, storage_bytes_per_second=60e6,
+    )  # fmt: skip
+    outcome = simulate(crowd)
+    print(outcome)
+    assert outcome.committed_seconds > 60
+    assert outcome.busiest < 600
+    with mock.patch.multiple(dealing, LOOKS_A_SECOND=math.inf, SEAL_LOOKS_A_SECOND=math.inf, CLAIMS_OF_ALL=10**9):
+        assert simulate(crowd).busiest > 2 * 600
+
+
 def test_a_seed_decides_everything() -> None:
     scenario = dataclasses.replace(SMALL, samples=200 * 1024)
     assert simulate(scenario) == simulate(scenario)
@@ -111,6 +144,93 @@ def test_planning_and_resuming_the_largest_run_is_quick() -> None:
     found = costs(Scenario())
     assert found.list_requests == 77  # 76,294 markers, in pages of 1,000
     assert found.peak_bytes < 200e6
+
+
+# --- bandwidth ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """Bytes that a host begins to send at a time, and may give up."""
+
+    host: int
+    size: float
+    begins: float
+    drops: float = math.inf
+
+
+def ends_of(writes: list[Write], total: float, each: float) -> dict[int, float]:
+    """When each write ends. Each change is looked for among all writes, and all shares are worked out anew after it."""
+    now, left, ends = 0.0, dict[int, float](), dict[int, float]()
+    changes = sorted({time for write in writes for time in (write.begins, write.drops) if time < math.inf})
+    while left or changes:
+        busy = Counter(writes[number].host for number in left)
+        rates = {number: min(each, total / len(busy)) / busy[writes[number].host] for number in left}
+        end = min((now + left[number] / rates[number] for number in left), default=math.inf)
+        then = min(end, changes[0] if changes else math.inf)
+        left = {number: size - rates[number] * (then - now) for number, size in left.items()}
+        now = then
+        if changes and now == changes[0]:
+            changes.pop(0)
+            left |= {number: write.size for number, write in enumerate(writes) if write.begins == now}
+            left = {number: size for number, size in left.items() if writes[number].drops != now}
+        for number in [number for number, size in left.items() if size < 1e-9]:
+            ends[number] = now
+            del left[number]
+    return ends
+
+
+def piped(writes: list[Write], total: float, each: float) -> dict[int, float]:
+    """The same by the pipe of the simulator."""
+    clock, ends = Clock(), dict[int, float]()
+    pipe = Pipe(clock, total, each)
+
+    def begin(number: int, write: Write) -> None:
+        begun = pipe.begin(write.host, write.size, lambda: ends.update({number: clock.now}))
+        if write.drops < math.inf:
+            clock.at(write.drops, lambda: pipe.drop(write.host, begun))
+
+    for number, write in enumerate(writes):
+        clock.at(write.begins, lambda number=number, write=write: begin(number, write))
+    clock.run()
+    assert pipe.writes == 0
+    return ends
+
+
+def certain(writes: list[Write], ends: dict[int, float]) -> dict[int, float]:
+    """Those that do not end in the moment in which they are given up."""
+    return {number: end for number, end in ends.items() if abs(end - writes[number].drops) > 1e-6}
+
+
+some_writes = st.lists(
+    st.builds(
+        lambda host, size, begins, stays: Write(host, size, begins, begins + stays),
+        st.integers(0, 4), st.floats(0.5, 60), st.floats(0, 20), st.floats(0.1, 20) | st.just(math.inf),
+    ),
+    max_size=14,
+)  # fmt: skip
+
+
+@given(some_writes, st.floats(1, 10), st.floats(1, 10))
+def test_writes_end_as_in_a_model_that_goes_step_by_step(writes: list[Write], total: float, each: float) -> None:
+    expected = certain(writes, ends_of(writes, total, each))
+    assert certain(writes, piped(writes, total, each)) == pytest.approx(expected, rel=1e-7, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("writes", "expected"),
+    [
+        ([Write(0, 8, 0)], {0: 2.0}),  # no faster than its link
+        ([Write(0, 8, 0), Write(0, 4, 0)], {0: 3.0, 1: 2.0}),  # two on one link
+        ([Write(host, 8, 0) for host in range(4)], dict.fromkeys(range(4), 3.2)),  # all that the storage takes
+        ([Write(0, 10, 0), Write(1, 10, 0), Write(2, 10, 0, drops=1.5)], {0: 2.75, 1: 2.75}),  # the others get its part
+    ],
+    ids=["one", "link", "storage", "dead"],
+)
+def test_bandwidth_is_shared(writes: list[Write], expected: dict[int, float]) -> None:
+    """Of 10 bytes a second, 4 of one host. Worked out by hand."""
+    assert piped(writes, 10, 4) == pytest.approx(expected)
+    assert ends_of(writes, 10, 4) == pytest.approx(expected)
 
 
 # --- windows ---
@@ -160,3 +280,20 @@ def test_the_one_that_watches_gives_that_up_when_it_is_stopped(bucket: Bucket) -
     one.give_back()
     bucket.write(f"{MARKER_FOLDER}{12_499:08d}.json", b"{}").result()
     assert other._sees_all_committed()
+
+
+def test_a_worker_among_many_looks_seldom_and_can_be_stopped_while_it_waits(bucket: Bucket) -> None:
+    """Of 10,000 each looks every 400 s at most; between two pauses it yields, and its run may stop or say it lives."""
+    one, other = dealer(bucket, 3), Dealer(BucketRoot(bucket), bucket.plan, rank=Rank(2, 10_000, "test"))
+    for block in (4321, 12_499):
+        claim = one._claims._mine().model_copy(update={"host": "another"})
+        bucket.write(f"{CLAIM_FOLDER}{block:08d}.json", claim.to_json()).result()
+    bucket.requests.clear()
+    pauses: list[float] = []
+    with mock.patch.object(dealing, "time", mock.Mock(monotonic=lambda: sum(pauses), sleep=pauses.append)):
+        dealt = iter(other)
+        assert [next(dealt) for _ in range(400)] == [None] * 400
+    assert max(pauses) <= 5
+    looks = bucket.requests["list claims"] / dealing.WINDOWS_AT_ONCE
+    assert sum(pauses) > 1000
+    assert 2 <= looks <= 1 + sum(pauses) / 200
