@@ -251,7 +251,9 @@ class Dealer:
             others += pending
         least, most = CLAIMS_AT_ONCE
         some = rest(sorted(others), self._rank.rank, turn)[: min(max(least, CLAIMS_OF_ALL // self._rank.workers), most)]
-        return self._claims.over(some, patience=self._patience, most=self._most)
+        over = self._claims.over(some, patience=self._patience, most=self._most)
+        self.committed.update(block for block in over if has_marker(self._root, self._plan, block))
+        return [block for block in over if block not in self.committed]  # a claim that is gone mostly means committed
 
     def _pending(self, window: int) -> list[int]:
         """Blocks of a window that are neither in hand nor known to be committed."""
