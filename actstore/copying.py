@@ -202,17 +202,15 @@ class _Copy:
         if committed and self._there.issuperset(keys):
             self._count(len(keys), before=True)
             return
-        found, item, left = (
-            xxhash.xxh3_128(),
-            np.dtype(self._arrays[name]["data_type"]).itemsize,
-            self._arrays[name]["shape"][0],
-        )
-        (chunk,) = self._arrays[name]["chunk_grid"]["configuration"]["chunk_shape"]
+        found, metadata = xxhash.xxh3_128(), self._arrays[name]
         for key in keys:
             data = self._object(key)
-            _own_checksum(data, f"{key} of {self._source.url}")
-            found.update(data[: min(chunk, left) * item])
-            left -= chunk
+            if _compressed(metadata):
+                found.update(_values(name, metadata, key, data, where=f"{key} of {self._source.url}"))
+            else:
+                _own_checksum(data, f"{key} of {self._source.url}")
+                span = _span(metadata, key)
+                found.update(data[: (span.stop - span.start) * _itemsize(metadata)])
             self._target.write(key, data)
             self._count(1, size=len(data))
         if found.hexdigest() != digest:
@@ -306,7 +304,7 @@ class _Copy:
         """
         layout = self._plan.layout
         start, stop = layout.block_range(block)
-        if source.is_site and layout.codec == "zstd":
+        if _compressed(self._arrays[source.name]):
             _decode(source, self._arrays[source.name], data, layer, start, stop)
             return
         where = source.shard(layer, start)
@@ -343,7 +341,7 @@ class _Copy:
         shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         size = math.prod(shape) * _itemsize(metadata)
         sharded = metadata["codecs"][0]["name"] == "sharding_indexed"
-        if sharded and self._plan.layout.codec == "zstd":
+        if _compressed(metadata):
             return self._required(key, most_bytes=2 * size + (1 << 20))
         chunks = math.prod(shape) // math.prod(metadata["codecs"][0]["configuration"]["chunk_shape"]) if sharded else 1
         own = CHECKSUM_BYTES * (chunks if self._plan.layout.codec == "crc32c" or not sharded else 0)
@@ -409,6 +407,36 @@ def _decode(source: Source, metadata: dict[str, Any], data: bytes, layer: int, s
             gather(held, [layer], samples, np.empty((1, len(samples), site.width), site.dtype))
     finally:
         memory.delete(key)
+
+
+def _values(name: str, metadata: dict[str, Any], key: str, data: bytes, *, where: str) -> memoryview:
+    """The values of a compressed object of documents, decoded out of memory.
+
+    Raises:
+        CorruptStoreError: it is damaged.
+    """
+    memory = Root.of(f"memory://copies/{id(data)}.acts.zarr")
+    memory.write(key, data)
+    try:
+        values = Objects.of(memory, name, metadata).begin(f"decode {key}", _span(metadata, key)).result()
+        return np.ascontiguousarray(values).view(np.uint8).data
+    except CorruptStoreError:
+        raise CorruptStoreError(f"{where} is damaged: its values cannot be decoded; run `actstore verify`") from None
+    finally:
+        memory.delete(key)
+
+
+def _span(metadata: dict[str, Any], key: str) -> slice:
+    """The values of a flat array that one of its objects holds."""
+    (size,), (chunk,) = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    first = int(key.rpartition("/")[2]) * chunk
+    return slice(first, min(first + chunk, size))
+
+
+def _compressed(metadata: dict[str, Any]) -> bool:
+    """Whether the bytes of an array's objects are not those of its values."""
+    inner = metadata["codecs"][0].get("configuration", {}).get("codecs", [])
+    return any(codec["name"] == "zstd" for codec in inner)
 
 
 def _own_checksum(data: Any, where: str) -> None:

@@ -11,6 +11,7 @@ from actstore.schema import CONVENTION, FORMAT, DocumentTableLayout, Plan, RootA
 
 Json = dict[str, Any]
 TABLE_CHUNK_BYTES = 4 << 20
+TABLE_PIECE_BYTES = 64 << 10  # compressed by itself, so that a text is read without most of what lies around it
 BYTES_LITTLE: Json = {"name": "bytes", "configuration": {"endian": "little"}}
 BYTES_SINGLE: Json = {"name": "bytes"}
 CRC32C: Json = {"name": "crc32c"}
@@ -98,8 +99,13 @@ def table_metadata(table: DocumentTableLayout) -> dict[str, Json]:
     arrays: dict[str, Json] = {}
 
     def flat(name: str, size: int, dtype: str, item_bytes: int, dimension: str, description: str) -> None:
-        chunk = max(min(size, TABLE_CHUNK_BYTES // item_bytes), 1)
-        arrays[name] = _array([size], dtype, [chunk], [dimension], 0, {"description": description})
+        most, codecs = TABLE_CHUNK_BYTES // item_bytes, None
+        chunk = max(min(size, most), 1)
+        if table.codec == "zstd":
+            piece = min(chunk, TABLE_PIECE_BYTES // item_bytes)
+            chunk = -(-chunk // piece) * piece
+            codecs = [_sharding([piece], _chunk_codecs("zstd", dtype))]
+        arrays[name] = _array([size], dtype, [chunk], [dimension], 0, {"description": description}, codecs)
 
     for column, size in table.strings.items():
         flat(f"{column}_bytes", size, "uint8", 1, f"{column}_byte", f"UTF-8 bytes of the column {column!r}")
@@ -122,15 +128,7 @@ def _activations(layout: Layout, site: Site, samples: int) -> Json:
     if site.layers is not None:
         shape, shard, chunk = [len(site.layers), *shape], [1, *shard], [1, *chunk]
         dimensions = [layout.layer_dimension(site), *dimensions]
-    sharding = {
-        "name": "sharding_indexed",
-        "configuration": {
-            "chunk_shape": [*chunk, site.width],
-            "codecs": _chunk_codecs(layout.codec),
-            "index_codecs": [BYTES_LITTLE, CRC32C],
-            "index_location": "end",
-        },
-    }
+    sharding = _sharding([*chunk, site.width], _chunk_codecs(layout.codec, site.dtype))
     attributes: Json = {"long_name": f"{site.name} activations", "site": site.name}
     if layout.columns:
         attributes["coordinates"] = " ".join(column.name for column in layout.columns)
@@ -163,14 +161,32 @@ def _column(layout: Layout, column: Column, samples: int) -> Json:
     return _array([samples], column.dtype, [layout.block_samples], ["sample"], fill, {"long_name": column.name})
 
 
-def _chunk_codecs(codec: Codec) -> list[Json]:
+def _sharding(chunk: list[int], codecs: list[Json]) -> Json:
+    """The codec of a shard: chunks of one shape, and after them where each lies."""
+    return {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": chunk,
+            "codecs": codecs,
+            "index_codecs": [BYTES_LITTLE, CRC32C],
+            "index_location": "end",
+        },
+    }
+
+
+def _chunk_codecs(codec: Codec, dtype: str) -> list[Json]:
     """Codecs inside a shard: always plain little-endian bytes first."""
     extra: dict[str, list[Json]] = {
         "none": [],
         "crc32c": [CRC32C],
         "zstd": [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}, CRC32C],
     }
-    return [BYTES_LITTLE, *extra[codec]]
+    return [_plain(dtype), *extra[codec]]
+
+
+def _plain(dtype: str) -> Json:
+    """Values as they lie in memory."""
+    return BYTES_SINGLE if dtype.endswith("int8") else BYTES_LITTLE
 
 
 def _array(
@@ -183,7 +199,6 @@ def _array(
     codecs: list[Json] | None = None,
 ) -> Json:
     """One array's metadata; the default codecs are those of small arrays: bytes and crc32c."""
-    plain = BYTES_SINGLE if dtype.endswith("int8") else BYTES_LITTLE
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -192,7 +207,7 @@ def _array(
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": fill,
-        "codecs": codecs or [plain, CRC32C],
+        "codecs": codecs or [_plain(dtype), CRC32C],
         "attributes": attributes,
         "dimension_names": dimensions,
         "storage_transformers": [],

@@ -85,6 +85,12 @@ class DocumentTableLayout(pydantic.BaseModel):
         dict[TableColumn, Annotated[int, pydantic.Field(ge=0, le=1 << 44)]], pydantic.Field(max_length=MAX_COLUMNS)
     ]
     """Bytes in all, of each string column; `id` and `text` are always there."""
+    codec: Literal["crc32c", "zstd"] = "crc32c"
+    """Left out where it is `crc32c`, as in stores from before there was another."""
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_first_codec(self, fields: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(fields(self), "codec", empty="crc32c")
 
     @pydantic.model_validator(mode="after")
     def _names_fit(self) -> Self:

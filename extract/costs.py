@@ -141,7 +141,7 @@ def sending_bytes(plan: Plan) -> int:
 
 
 def beside_bytes(plan: Plan) -> int:
-    """Bytes beside the activations: norms, columns, `valid`, and the documents with their tokens."""
+    """Bytes beside the activations: norms, columns, `valid`, and documents with their tokens before compression."""
     rows = sum(site.rows_per_sample for site in added_sites(plan))
     columns = sum(ITEM_BYTES[column.dtype] for column in plan.layout.columns) if plan.adds_samples else 0
     samples = plan.block_range(plan.blocks[-1])[1] - plan.block_range(plan.blocks[0])[0]

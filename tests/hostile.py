@@ -249,8 +249,14 @@ def with_checksum(data: bytes) -> bytes:
 
 
 def values(key: str, array: np.ndarray) -> Callable[[Path], None]:
-    """A chunk of an array that is not sharded, with the right checksum."""
-    return holds(key, with_checksum(array.tobytes()))
+    """An object of documents, or a chunk of an array that is not sharded, with the right checksums."""
+    return holds(key, packed(array) if key.startswith("documents/") else with_checksum(array.tobytes()))
+
+
+def packed(array: np.ndarray) -> bytes:
+    """An object of documents: one compressed chunk, and where it lies."""
+    chunk = with_checksum(Zstd(level=1).encode(array))
+    return chunk + index((0, len(chunk)))
 
 
 def index(*entries: tuple[int, int]) -> bytes:
@@ -286,6 +292,12 @@ def zstd_bomb(blocks: int, *, window: int | None = None) -> bytes:
     header += bytes([0x00, (17 - 10) << 3]) if window is None else bytes([0x00, (window - 10) << 3])
     block = lambda end: ((size << 3) | (1 << 1) | end).to_bytes(3, "little") + b"\0"  # noqa: E731
     return header + block(0) * (blocks - 1) + block(last)
+
+
+def document_bomb(blocks: int, *, window: int | None = None) -> bytes:
+    """An object of documents whose one chunk is a bomb."""
+    chunk = with_checksum(zstd_bomb(blocks, window=window))
+    return chunk + index((0, len(chunk)))
 
 
 OFFSETS = np.array([0, 6, 12, 18, 24, 30], np.int64)
@@ -573,14 +585,22 @@ def _table() -> dict[str, Case]:
         ),
         "documents: text that is not UTF-8": Case(
             lambda url: values(
-                f"{doc}text_bytes/c/0", np.full(_size(url, f"{doc}text_bytes/c/0"), 0xFF, np.uint8)
+                f"{doc}text_bytes/c/0", np.full(_size(url, "text_bytes"), 0xFF, np.uint8)
             )(url),
             f"{doc}text_bytes",
         ),
         "documents: tokens beyond the text": Case(
             lambda url: values(
-                f"{doc}token_start/c/0", np.full(_size(url, f"{doc}token_start/c/0") // 4, 2**32 - 1, np.uint32)
+                f"{doc}token_start/c/0", np.full(_size(url, "token_start"), 2**32 - 1, np.uint32)
             )(url), f"{doc}token_start", silent=True,
+        ),
+        "documents: a bomb of 4 GiB": Case(holds(f"{doc}text_bytes/c/0", document_bomb(32 << 10)), f"{doc}text"),
+        "documents: a bomb of 1 TiB": Case(holds(f"{doc}text_offsets/c/0", document_bomb(8 << 20)), f"{doc}text"),
+        "documents: a window of 2 GiB": Case(
+            holds(f"{doc}token_id/c/0", document_bomb(2, window=31)), f"{doc}token_id"
+        ),
+        "documents: too short a chunk": Case(
+            values(f"{doc}text_offsets/c/0", OFFSETS[:-1].copy()), f"{doc}text_offsets"
         ),
         "rows: of a document that is not there": Case(
             values("document/c/0", np.full(16, 2**31 - 1, np.int32)), "document", silent=True
@@ -698,9 +718,10 @@ def _one_chunk_again_and_again(url: Path) -> None:
     (url / MARKERS / "00000000.json").write_bytes(canonical(marker))
 
 
-def _size(url: Path, key: str) -> int:
-    """Bytes of a chunk without its checksum."""
-    return (url / key).stat().st_size - 4
+def _size(url: Path, name: str) -> int:
+    """Values of an array of documents."""
+    (size,) = json.loads((url / "documents" / name / "zarr.json").read_bytes())["shape"]
+    return int(size)
 
 
 CASES = _table()

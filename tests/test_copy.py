@@ -161,7 +161,7 @@ DAMAGED = {
     "column": ("document/c/0", "document, block 0 of "),
     "valid": ("valid/c/1", "valid, block 1 of "),
     "label": ("layer/c/0", "layer of .* differs from its own checksum"),
-    "text": ("documents/text_bytes/c/0", "documents/text_bytes/c/0 of .* differs from its own checksum"),
+    "text": ("documents/text_bytes/c/0", "documents/text_bytes/c/0 of .* is damaged: its values cannot be decoded"),
 }  # fmt: skip
 
 

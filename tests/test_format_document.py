@@ -50,6 +50,7 @@ TABLE = DocumentTableLayout(
 )
 PLANS = {
     "everything": (Layout(ALL_SITES, 100, 32, 16, ALL_COLUMNS), TABLE),
+    "packed documents": (Layout(ALL_SITES[:1], 7, 8, 8, ()), TABLE.model_copy(update={"codec": "zstd"})),
     "no columns": (Layout(ALL_SITES[:1], 7, 8, 8, ()), None),
     "no layers, no checksum": (Layout(ALL_SITES[1:2], 64, 32, 16, codec="none"), None),
     "zstd": (Layout(ALL_SITES[::-1], 65, 32, 8, codec="zstd"), None),
@@ -122,6 +123,7 @@ def test_limits_are_those_of_the_code():
     }
     assert limits == here
     assert f"at most 4 MiB ({metadata.TABLE_CHUNK_BYTES} bytes)" in TEXT
+    assert f"at most 64 KiB ({metadata.TABLE_PIECE_BYTES} bytes)" in TEXT
     assert schema.CONVENTION["uuid"] in TEXT
     assert f"# Format {schema.FORMAT}\n" in TEXT
 
@@ -143,7 +145,11 @@ def documented_arrays(text: str, plan: Plan, *, complete: bool) -> dict[str, Any
         for names, numbers in _instances(ticked(pattern.split(" ")[0]), pattern, plan, complete=complete):
             stored_dtype = _named(ticked(dtype), names)
             sizes = [_size(part, numbers) for part in ticked(shape).split(", ")]
-            flat = max(min(sizes[0], 4194304 // (ITEM_BYTES[stored_dtype])), 1)
+            item = ITEM_BYTES[stored_dtype]
+            flat, piece = (max(min(sizes[0], most // item), 1) for most in (4194304, 65536))
+            table_codec = plan.documents.codec if plan.documents else None
+            if table_codec == "zstd":
+                flat = -(-flat // piece) * piece
             grid = [_size(part, numbers | {"flat": flat}) for part in ticked(chunk).split(", ")]
             inner = [
                 _size(part.replace("block", "chunk"), numbers | {"flat": flat}) for part in ticked(chunk).split(", ")
@@ -157,7 +163,7 @@ def documented_arrays(text: str, plan: Plan, *, complete: bool) -> dict[str, Any
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": grid}},
                 "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
                 "fill_value": json.loads(ticked(fill)),
-                "codecs": _codecs(text, codecs, plan.layout.codec, ITEM_BYTES[stored_dtype], inner),
+                "codecs": _codecs(text, codecs, plan.layout.codec, table_codec, item, inner, piece),
                 "attributes": {
                     ticked(key): _named(value, names)
                     for key, of, value in attributes
@@ -223,11 +229,16 @@ def _size(text: str, numbers: dict[str, int]) -> int:
     return (int(first) if first.isdigit() else numbers[first]) + int(more or 0)
 
 
-def _codecs(text: str, kind: str, codec: str, item_bytes: int, inner: list[int]) -> Any:
+def _codecs(
+    text: str, kind: str, codec: str, table_codec: str | None, item_bytes: int, inner: list[int], piece: int
+) -> Any:
     chains = {name: ticked(chain) for name, chain in rows_of(text, "codecs")}
     chunk_chains = {ticked(name): ticked(chain) for name, chain in rows_of(text, "codec")}
-    name = "plain, one byte per value" if kind == "plain" and item_bytes == 1 else kind
+    if kind == "table":
+        kind = {"crc32c": "plain", "zstd": "packed"}[table_codec]
+    name = f"{kind}, one byte per value" if kind in ("plain", "packed") and item_bytes == 1 else kind
     chain = chains[name].replace('"CHUNK_CODECS"', chunk_chains[codec]).replace('"CHUNK"', json.dumps(inner))
+    chain = chain.replace('"PIECE"', json.dumps(piece))
     return json.loads(chain)
 
 
@@ -246,9 +257,10 @@ def test_arrays_are_those_of_the_code(case, complete):
         ("`layers, samples, width`", "`samples, layers, width`"),
         ('"level":1', '"level":3'),
         ("layer of the model |", "layer |"),
-        ("| `documents/token_end` | `token` | `uint32` | `tokens` | `flat` | `0` | plain |\n", ""),
+        ("| `documents/token_end` | `token` | `uint32` | `tokens` | `flat` | `0` | table |\n", ""),
+        ('"chunk_shape":["PIECE"]', '"chunk_shape":[1]'),
     ],
-    ids=["dtype", "shape", "codec", "attribute", "array left out"],
+    ids=["dtype", "shape", "codec", "attribute", "array left out", "pieces"],
 )
 def test_meta_another_table_would_be_found(old, new):
     assert old in TEXT

@@ -97,6 +97,7 @@ LOADERS = {
     "several": "e01f80826ed73e00",
     "chunks": "7d46cab3bafe4dde",
     "ranges": "7d46cab3bafe4dde",
+    "packed": "b8c82e356254a449",
 }
 
 
@@ -111,8 +112,9 @@ def test_batches_of_a_golden_store_never_change(name):
         assert batches.state() == {"version": 1, "epoch": 0, "position": 4, "loader": LOADERS[name]}
 
 
-def test_documents_of_a_golden_store():
-    store, table = actstore.open(golden("several")), documents()
+@pytest.mark.parametrize("name", ["several", "packed"])
+def test_documents_of_a_golden_store(name):
+    store, table = actstore.open(golden(name)), documents()
     assert store.documents.strings("text", np.arange(3)) == list(table.texts)
     assert store.documents.strings("kind", np.arange(3)) == ["de", "ja", ""]
     assert store.documents.numbers("pages", np.arange(3)).tolist() == [1, -2, 3]

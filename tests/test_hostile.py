@@ -24,7 +24,7 @@ from kill_points import QUIET
 pytestmark = pytest.mark.slow
 
 MOST_BYTES = 1_000_000_000  # resident, with Python and all libraries
-MOST_SECONDS = 5.0  # of all processors together: others may use this machine too
+MOST_SECONDS = 10.0  # of all processors together, which others may slow down
 MOST_LETTERS = 600
 PROCESSES = 2
 HERE = Path(__file__).parent

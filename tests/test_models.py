@@ -81,7 +81,14 @@ def test_every_site_of_every_layer_equals_torch(pair, name, layout):
     expected = run(reference, batch)
     assert found.keys() == expected.keys() - {LOGITS}
     errors = {tap: relative_error(found[tap], expected[tap]).max() for tap in found}
-    assert max(errors.values()) <= 2e-5, errors
+    if max(errors.values()) > 2e-5:
+        again = [changed(found, values_at(model, batch)), changed(expected, run(reference, batch))]
+        pytest.fail(f"{errors}; computed again, ours differs by {again[0]}, torch's by {again[1]}")
+
+
+def changed(before: Values, after: Values) -> float:
+    """By how much values that are computed twice differ, at the worst token of any tap."""
+    return max(float(relative_error(after[tap], before[tap]).max()) for tap in before)
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH.values(), "gemma2_low_caps", "llama_smol_tied_three_heads"])

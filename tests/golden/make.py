@@ -4,7 +4,10 @@ They are committed once and never made anew for a format that was released: ever
 values follow from `values`, so that a test needs nothing but NumPy to know what a store holds.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -24,11 +27,13 @@ STORES: dict[str, tuple[Site, ...]] = {
     "unfinished": (Site("resid_post", 8, (1, 3)),),
     "chunks": (Site("resid_post", 8, (1, 3)), Site("final_norm", 8, None, "float32")),
     "ranges": (Site("resid_post", 8, (1, 3)), Site("final_norm", 8, None, "float32")),
+    "packed": (Site("resid_post", 8, (1, 3)),),
 }
 NOT_YET: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("bfloat16", "float16", "float32", "several", "unfinished"), ("chunks", "ranges")),
     "chunks": ("ranges",),
     "ranges": (),
+    "packed": (),
 }
 """The fields that markers did not have when a store was made."""
 BLOCKS = {name: [0, 2] if name == "unfinished" else [0, 1, 2] for name in STORES}
@@ -73,14 +78,28 @@ def make(name: str, folder: Path, *, blocks: list[int] | None = None) -> Path:
     layout = Layout(STORES[name], SAMPLES, BLOCK, CHUNK)
     blocks = BLOCKS[name] if blocks is None else blocks
     target = folder / f"{name}.acts.zarr"
-    table = documents() if name == "several" else None
+    table = documents() if name in ("several", "packed") else None
     provenance = {"model": {"name": "golden"}}
-    with actstore.create(target, layout, provenance, documents=table, seal=len(blocks) == layout.blocks) as writer:
+    before = contextlib.nullcontext() if name == "packed" else uncompressed_documents()
+    with (
+        before,
+        actstore.create(target, layout, provenance, documents=table, seal=len(blocks) == layout.blocks) as writer,
+    ):
         for block in blocks:
             span = slice(*layout.block_range(block))
             rows = {site.name: values(site.width, site.layers)[..., span, :] for site in layout.sites}
             writer.write(block, rows, samples={name: column[span] for name, column in columns().items()})
     return target
+
+
+@contextlib.contextmanager
+def uncompressed_documents() -> Iterator[None]:
+    """New tables are as they were before they were compressed."""
+    layout = DocumentTable.layout.fget
+    assert layout is not None
+    before = property(lambda table: layout(table).model_copy(update={"codec": "crc32c"}))
+    with mock.patch.object(DocumentTable, "layout", before):
+        yield
 
 
 def some_documents(start: int, stop: int) -> DocumentTable:
@@ -98,6 +117,7 @@ def some_documents(start: int, stop: int) -> DocumentTable:
     )
 
 
+@uncompressed_documents()
 def make_appended(folder: Path) -> Path:
     """The rows of `several` in three generations: a document, the other two, then a layer and the other sites."""
     target = folder / "appended.acts.zarr"
