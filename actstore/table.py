@@ -38,8 +38,9 @@ TAKEN = frozenset({"id", "text", "token_id", "token_start", "token_end", "token_
 
 @dataclasses.dataclass(frozen=True)
 class DocumentTable:
-    """Documents, ready to be stored. Costs about the size of the texts plus 12 bytes per token, in memory;
-    a third to a sixth of it in the store.
+    """Documents, ready to be stored. Costs about the size of the texts plus 12 bytes per token.
+
+    That is in memory; the store takes a third to a sixth of it.
 
     `token_start` and `token_end` are byte positions of each token in the UTF-8 of its document's text. Texts may be
     `actstore.strings.Strings`, and arrays maps of files, of which no more than a part is in memory at once.

@@ -14,7 +14,7 @@ BEFORE_BYTES = 750_000_000
 
 
 def tokens_of_documents() -> DocumentTable:
-    """200 documents of 250 tokens of four random letters, with their texts: they compress worse than any that is read."""
+    """200 documents of 250 tokens of four random letters, with their texts: they compress worse than real ones."""
     each, generator = SAMPLES // 200, np.random.default_rng(1)
     start = np.tile(4 * np.arange(each, dtype=np.uint32), 200)
     letters = generator.integers(ord("a"), ord("z"), (200, 4 * each), np.uint8)
