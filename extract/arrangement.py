@@ -8,7 +8,7 @@ from jaxtyping import Int32, Int64
 
 from actstore.errors import InputError
 from extract.bits import Bits
-from extract.packing import Contexts, Kind, Packing, pack
+from extract.packing import Choice, Contexts, Kind, Packing, pack
 from extract.selection import Selection, Stream, Vocabulary
 
 TooLong = Literal["cut", "truncate", "error"]
@@ -41,7 +41,7 @@ class Arrangement:
     Attributes:
         context: Tokens the model sees at once.
         batch: Contexts per forward pass.
-        packing: How documents share contexts; see `extract.packing`.
+        packing: How documents share contexts; see `extract.packing`. A plan says what `auto` has come to.
         too_long: What becomes of a document that is longer than a context: it is cut into pieces that do not see each
             other, or only its first `context` tokens are read, or the plan is refused.
         selection: Which tokens are kept.
@@ -50,7 +50,7 @@ class Arrangement:
 
     context: int = CONTEXT
     batch: int = BATCH
-    packing: Kind = "best-fit"
+    packing: Choice = "auto"
     too_long: TooLong = "cut"
     selection: Selection = dataclasses.field(default_factory=Selection)
     begin: int | None = None
@@ -58,7 +58,7 @@ class Arrangement:
     def __post_init__(self) -> None:
         """Refuses what does not go together."""
         for value, what, known in [
-            (self.packing, "packing", get_args(Kind)), (self.too_long, "too_long", get_args(TooLong)),
+            (self.packing, "packing", (*get_args(Kind), "auto")), (self.too_long, "too_long", get_args(TooLong)),
         ]:  # fmt: skip
             if value not in known:
                 raise InputError(f"{what} {value!r} is unknown; expected one of {', '.join(known)}")

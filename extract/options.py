@@ -91,9 +91,10 @@ def reading(
     packing: Annotated[
         str,
         typer.Option(
-            help="best-fit, best-fit-decreasing, single (a context for each piece) or concatenated (one stream, cut)"
+            help="best-fit, best-fit-decreasing, auto (whichever of both pads less), single (a context for each piece) "
+            "or concatenated (one stream, cut)"
         ),
-    ] = "best-fit",
+    ] = "auto",
     too_long: Annotated[str, typer.Option(help="of documents longer than a context: cut, truncate or error")] = "cut",
     rows: Annotated[
         str,

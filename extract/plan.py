@@ -26,7 +26,7 @@ from extract.duplicates import RUN, Group, near_duplicates
 from extract.loaded import check_batch, loaded_for
 from extract.models.errors import ModelError
 from extract.models.sites import LAYERLESS_SITES, Tap, check_taps, default_layers, matched_sites, site_widths
-from extract.packing import Contexts, Kind
+from extract.packing import Choice, Contexts
 from extract.selection import Selection, Stream
 from extract.sources import SAE_LENS, Documents
 from extract.special_tokens import Bos, Eos
@@ -96,7 +96,7 @@ class ExtractPlan:
             hosts: that will run it; more need more requests.
         """
         layout, sizes = self.store.layout, self.as_json(hosts=hosts)
-        useful = f"{sizes['useful_share']:.1%}"
+        useful = f"{sizes['useful_share']:.1%} useful ({', '.join(sizes['packing'])})"
         model, (data, cut) = self.model, self.mesh
         mesh = f" on {data} x {cut} devices (data x model)" if data * cut > 1 else ""
         sites = "; ".join(
@@ -108,7 +108,7 @@ class ExtractPlan:
             [
                 f"model      {model.name}, {model.config.layers} layers, computed in {model.dtype}{mesh}",
                 f"documents  {sizes['documents']:,}, {sizes['tokens']:,} tokens",
-                f"contexts   {sizes['contexts']:,} of {self.parts[0].packing.context} tokens, {useful} useful",
+                f"contexts   {sizes['contexts']:,} of {self.parts[0].packing.context} tokens, {useful}",
                 f"steps      {self.steps:,} of {self.batch} contexts",
                 f"sites      {sites}",
                 f"samples    {sizes['samples']:,}{_chosen(sizes['selection'])}, {sizes['bytes'] / 1e6:,.1f} MB",
@@ -156,6 +156,7 @@ class ExtractPlan:
             "documents": sum(len(part.token_offsets) - 1 for part in self.parts),
             "tokens": tokens,
             "contexts": contexts,
+            "packing": sorted({part.packing.kind for part in self.parts}),
             "useful_share": round(computed / (contexts * self.parts[0].packing.context), 4),
             "selection": self.store.provenance["selection"],
             "steps": self.steps,
@@ -211,7 +212,7 @@ def make_plan(
     layers: Sequence[int] | None = None,
     context: int = CONTEXT,
     batch: int = BATCH,
-    packing: Kind = "best-fit",
+    packing: Choice = "auto",
     too_long: TooLong = "cut",
     rows: str = ALL,
     rows_per_document: int | None = None,
@@ -240,7 +241,8 @@ def make_plan(
             model.
         context: tokens the model sees at once.
         batch: contexts per forward pass.
-        packing: how documents share contexts: `best-fit`, `single` or `concatenated`; see `extract.packing`.
+        packing: how documents share contexts: `auto`, `best-fit`, `best-fit-decreasing`, `single` or `concatenated`;
+            see `extract.packing`. It is part of the plan, which says what `auto` has come to.
         too_long: what becomes of a document that is longer than a context: `cut`, `truncate` or `error`.
         rows: which tokens to keep, as in `extract.conditions`: `last`, `completion and not kind("space")`.
         rows_per_document: at most so many rows of each document, a random choice; None for no limit.
@@ -284,6 +286,7 @@ def make_plan(
     layout = Layout.fit(
         _sites(loaded, taps, dtype), samples=part.packing.rows, block_samples=block_samples, codec=cast(Codec, codec)
     )
+    arrangement = dataclasses.replace(arrangement, packing=part.packing.kind)
     provenance = provenance_of(loaded, encoder, table, arrangement)
     assets = {tokens.FILE: encoder.data, "config.json": (Path(folder) / "config.json").read_bytes()}
     store = Plan.make(layout, provenance, table.layout, assets)

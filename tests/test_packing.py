@@ -1,11 +1,13 @@
 """Packing against brute force: every token once, in order, never cut without need."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.packing import Packing, pack
+from extract.packing import Kind, Packing, pack
 
 LENGTHS = st.lists(st.integers(1, 70), min_size=1, max_size=60)
 
@@ -99,5 +101,23 @@ def test_the_longest_first_leave_less_padding_where_documents_are_about_as_long_
     lengths = np.random.default_rng(0).lognormal(6.6, 0.7, 500).astype(int).clip(20, 3000)
     found = pack(lengths, 3072, kind="best-fit-decreasing")
     assert found.useful_share > 0.98
-    assert pack(lengths, 3072).useful_share < 0.98
+    assert pack(lengths, 3072, kind="best-fit").useful_share < 0.98
     assert sorted(found.piece_tokens.tolist()) == sorted(lengths.tolist())
+
+
+def same(found: Packing, expected: Packing) -> None:
+    for name, values in vars(expected).items():
+        np.testing.assert_array_equal(getattr(found, name), values, err_msg=name)
+
+
+def test_auto_is_whichever_pads_less() -> None:
+    """Best fit where it leaves 2 % or less, or where the other order needs as many contexts."""
+    generator = np.random.default_rng(0)
+    long = generator.lognormal(6.6, 0.7, 500).astype(int).clip(20, 3000)
+    short = generator.lognormal(4.5, 1.0, 4000).astype(int).clip(1, 3000)
+    same(pack(long, 3072), pack(long, 3072, kind="best-fit-decreasing"))
+    same(pack(short, 256), pack(short, 256, kind="best-fit"))
+    few = [3, 2, 2]
+    assert pack(few, 8).useful_share < 0.98
+    same(pack(few, 8), pack(few, 8, kind="best-fit"))
+    assert [pack(few, 8, kind=kind).kind for kind in get_args(Kind)] == list(get_args(Kind))

@@ -79,7 +79,6 @@ def test_arc_comes_back(tmp_path, name):
     url = str(tmp_path / "x.acts.zarr")
     plan = extract.make_plan(
         TINY, extract.Documents(whole), layers=[0], rows="last or every(16)", context=2048,
-        packing="best-fit-decreasing",
     )  # fmt: skip
     assert plan.as_json()["useful_share"] >= 0.98
     extract.run(plan, url)
