@@ -34,7 +34,7 @@ SEAL_LOOKS_A_SECOND = 100  # for the seal, a few requests each
 WINDOWS_AT_ONCE = 4  # that a worker without blocks looks into before it waits
 CLAIMS_AT_ONCE = (2, 16)  # of others that it reads then, at least and at most
 CLAIMS_OF_ALL = 1024  # that all workers read if all look once
-SEAL_SECONDS = 0.002  # for a block, of sealing: 64 markers are read at a time, each within 0.1 s
+SEAL_SECONDS = 0.004  # for a block, of sealing: 64 markers are read at a time, each in two answers within 0.1 s
 REFRESH_SECONDS = 10.0
 REFRESH_SHARE = 0.02  # most of the time that may go into listing markers for progress
 
