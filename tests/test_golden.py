@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -157,8 +158,13 @@ def test_an_unfinished_golden_store_can_be_continued(tmp_path):
 @pytest.mark.parametrize("name", STORES)
 def test_the_same_bytes_would_be_written_today(tmp_path, name):
     """A change of these bytes is a change of the format: it needs a new format number and new golden stores."""
-    files = tree(make(name, tmp_path))
-    assert before(files, *NOT_YET[name]) == tree(golden(name))
+    files, there = before(tree(make(name, tmp_path)), *NOT_YET[name]), tree(golden(name))
+    assert files.keys() == there.keys()
+    compressed = [key for key in there if name == "packed" and re.match(r"documents/\w+/c/", key)]
+    for key in compressed:  # another zstd may compress otherwise: their marker has the digests of the values
+        del files[key], there[key]
+    assert len(compressed) == (12 if name == "packed" else 0)
+    assert files == there
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())

@@ -134,10 +134,13 @@ def test_the_page_names_each_notebook():
 
 
 def unlike(folder: Path, other: Path) -> list[str]:
-    """Files in which two stores differ, apart from rows, norms and what vouches for them; rows that are not near."""
+    """Files in which two stores differ, apart from rows, norms and what vouches for them; rows that are not near.
+
+    Documents are compared by their marker: another zstd may compress them otherwise.
+    """
     ours, theirs = tree(folder), tree(other)
     computed = re.compile(
-        r"resid_post(_norm)?/c/|\.act/(commits/|manifest\.json|SEALED\.json|ranges\.json)"
+        r"resid_post(_norm)?/c/|documents/\w+/c/|\.act/(commits/|manifest\.json|SEALED\.json|ranges\.json)"
     )  # none at first
     plain = {name for name in ours.keys() | theirs.keys() if not computed.match(name)}
     found = sorted(name for name in plain if ours.get(name) != theirs.get(name))
