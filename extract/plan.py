@@ -112,7 +112,7 @@ class ExtractPlan:
                 f"steps      {self.steps:,} of {self.batch} contexts",
                 f"sites      {sites}",
                 f"samples    {sizes['samples']:,}{_chosen(sizes['selection'])}, {sizes['bytes'] / 1e6:,.1f} MB",
-                f"beside     {human_bytes(sizes['bytes_beside'])} of norms, columns and documents",
+                f"beside     at most {human_bytes(sizes['bytes_beside'])} of norms, columns and documents",
                 f"blocks     {sizes['blocks']:,} of {layout.block_samples:,} samples, {sizes['shards']:,} shards",
                 f"chunks     {layout.chunk_samples:,} samples, {layout.codec}",
                 f"objects    {sizes['objects']:,}",
