@@ -8,13 +8,14 @@ hundred times faster. A test holds the model to the real order.
 
 import dataclasses
 import inspect
+import json
 import os
 import random
 import textwrap
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from unittest import mock
 
 import google_crc32c
 import numpy as np
+import tensorstore
 from kill_points import block_keys, unchecked
 from stores import Contents
 
@@ -331,12 +333,13 @@ def _read_result(value: bytes | None) -> Any:
 
 
 class FakeArray:
-    """An array whose chunks are single objects: values and their CRC-32C. Written whole, or it is a violation."""
+    """An array whose chunks are objects, such as values and their CRC-32C. Written whole, or it is a violation."""
 
     def __init__(
         self, disk: Disk, name: str, metadata: Any, keeps_fill_values: bool, wait: Callable[[Request], Any]
     ) -> None:
         self._disk, self._name, self._keeps_fill_values, self._wait = disk, name, keeps_fill_values, wait
+        self._metadata = metadata
         self._chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         self._key = f"{name}/c/{'/'.join('0' * len(self._chunk))}"
         self.rank = len(self._chunk)
@@ -357,13 +360,31 @@ class FakeArray:
         """Begins to write one chunk, now or when the result is asked for; without asking, perhaps never."""
         if not values.size or (not self._keeps_fill_values and (values == self.fill_value).all()):
             return _answer(lambda: None)
-        data = values.tobytes()
-        checksum = google_crc32c.value(data).to_bytes(4, "little")
-        request = self._disk.put(self._key, data + checksum)
+        request = self._disk.put(self._key, _encoded(self._metadata, values))
         if self._disk.generator.random() < 0.5:
             return _answer(lambda: self._wait(request))
         self._wait(request)
         return _answer(lambda: None)
+
+
+def _encoded(metadata: Any, values: np.ndarray) -> bytes:
+    """The object of one chunk."""
+    if metadata["codecs"][0]["name"] == "sharding_indexed":
+        return _packed(json.dumps(metadata), values.dtype.name, values.tobytes())
+    data = values.tobytes()
+    return data + google_crc32c.value(data).to_bytes(4, "little")
+
+
+@cache
+def _packed(metadata: str, dtype: str, values: bytes) -> bytes:
+    """An object of documents, by the real TensorStore, which compresses it."""
+    described = json.loads(metadata)
+    described["shape"] = described["chunk_grid"]["configuration"]["chunk_shape"]
+    spec = {"driver": "zarr3", "kvstore": {"driver": "memory"}, "metadata": described,
+            "store_data_equal_to_fill_value": True}  # fmt: skip
+    array = tensorstore.open(spec, create=True).result()
+    array.write(np.frombuffer(values, dtype)).result()
+    return bytes(array.kvstore.read("c/0").result().value)
 
 
 class Executor:
