@@ -1,7 +1,6 @@
 """Sphinx configuration. Nothing is executed or fetched while building: `tests/test_docs.py` runs the examples."""
 
 import importlib.metadata
-import importlib.util
 
 project = "actstore"
 author = "The actstore developers"
@@ -18,8 +17,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_default_options = {"members": True, "show-inheritance": True}
-# The pages can be built without the libraries that only running a model needs.
-autodoc_mock_imports = [] if importlib.util.find_spec("jax") else ["extract.models"]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
