@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ install()
 print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, flush=True)
 time.sleep(60)
 """
+
+
+@pytest.fixture(autouse=True)
+def terminal_that_ends() -> Iterator[None]:
+    """Programs inherit what becomes of SIGHUP, and under nohup it is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 TAKES_TERMINAL = """
 import fcntl, os, sys, termios
 
