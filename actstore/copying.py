@@ -7,6 +7,7 @@ unfinished, and the same call continues it. What is there already counts as copi
 for it, and only there.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -394,19 +395,14 @@ class _Copy:
 
 def _decode(source: Source, metadata: dict[str, Any], data: bytes, layer: int, start: int, stop: int) -> None:
     """Decodes a compressed shard out of memory, some chunks at a time, and compares them."""
-    memory = Root.of(f"memory://copies/{id(data)}.acts.zarr")  # no other object has this number while it is there
     name, layout = source.name, source.layout
     site = layout.site(name)
-    key = shard_key(site, layer, start // layout.block_samples)
-    memory.write(key, data)
-    try:
-        held = dataclasses.replace(source, objects=Objects.of(memory, name, metadata))
-        step = max(PIECE_SAMPLES // layout.chunk_samples, 1) * layout.chunk_samples
+    step = max(PIECE_SAMPLES // layout.chunk_samples, 1) * layout.chunk_samples
+    with _in_memory(name, metadata, shard_key(site, layer, start // layout.block_samples), data) as objects:
+        held = dataclasses.replace(source, objects=objects)
         for first in range(start, stop, step):
             samples = range(first, min(first + step, stop))
             gather(held, [layer], samples, np.empty((1, len(samples), site.width), site.dtype))
-    finally:
-        memory.delete(key)
 
 
 def _values(name: str, metadata: dict[str, Any], key: str, data: bytes, *, where: str) -> memoryview:
@@ -415,13 +411,21 @@ def _values(name: str, metadata: dict[str, Any], key: str, data: bytes, *, where
     Raises:
         CorruptStoreError: it is damaged.
     """
-    memory = Root.of(f"memory://copies/{id(data)}.acts.zarr")
-    memory.write(key, data)
     try:
-        values = Objects.of(memory, name, metadata).begin(f"decode {key}", _span(metadata, key)).result()
-        return np.ascontiguousarray(values).view(np.uint8).data
+        with _in_memory(name, metadata, key, data) as objects:
+            values = objects.begin(f"decode {key}", _span(metadata, key)).result()
     except CorruptStoreError:
         raise CorruptStoreError(f"{where} is damaged: its values cannot be decoded; run `actstore verify`") from None
+    return np.ascontiguousarray(values).view(np.uint8).data
+
+
+@contextlib.contextmanager
+def _in_memory(name: str, metadata: dict[str, Any], key: str, data: bytes) -> Iterator[Objects]:
+    """An array of which one object is there, in memory, for as long as it is decoded."""
+    memory = Root.of(f"memory://copies/{id(data)}.acts.zarr")  # no other object has this number while it is there
+    memory.write(key, data)
+    try:
+        yield Objects.of(memory, name, metadata)
     finally:
         memory.delete(key)
 

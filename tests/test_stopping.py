@@ -23,6 +23,12 @@ install()
 print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, flush=True)
 time.sleep(60)
 """
+TAKES_TERMINAL = """
+import fcntl, os, sys, termios
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "actstore", *sys.argv[1:]])
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +37,6 @@ def terminal_that_ends() -> Iterator[None]:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
-
-
-TAKES_TERMINAL = """
-import fcntl, os, sys, termios
-
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.executable, [sys.executable, "-m", "actstore", *sys.argv[1:]])
-"""
 
 
 def end(said: str, *, redirection: str) -> subprocess.CompletedProcess[str]:

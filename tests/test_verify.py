@@ -122,6 +122,9 @@ DAMAGES: dict[str, tuple[Damage, str, str, list[int]]] = {
     "missing ranges": (lose(".act/ranges.json"), ".act/ranges.json", "or is missing", []),
     "an edited manifest": (flip(".act/manifest.json", at=90), ".act/manifest.json", "differs from its digest", []),
     "a bit of the texts": (flip("documents/text_bytes/c/0", at=9), "documents/text_bytes", "could not read it", []),
+    "a bit of the checksum of the texts": (  # before the 20 bytes of the index
+        flip("documents/text_bytes/c/0", at=-21), "documents/text_bytes", "Digest mismatch", [],
+    ),
     "a swapped document array": (
         swap("documents/token_start/c/0", "documents/token_end/c/0"), "documents/token_start", "differ from", [],
     ),
