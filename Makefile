@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test lint bench soak docs wheel-check other-python trainers clean help
+.PHONY: demo test test-long lint bench soak docs wheel-check other-python trainers clean help
 
 help:
 	@echo "make demo          text -> activations -> store -> trained SAE, on a real model"
-	@echo "make test          all tests but those of minutes, which are in make soak"
+	@echo "make test          every check, those of many cases with a sample of them: six minutes on two cores"
+	@echo "make test-long     all other cases: every kill point, schedule, damage, hostile store: 35 minutes"
 	@echo "make lint          format, lint, types, import rules"
 	@echo "make docs          the documentation, into docs/_build/html"
 	@echo "make bench         benchmarks beside peers, one JSON line last: 4 GB of disk, and 3 GB of peers at first"
@@ -18,11 +19,12 @@ help:
 	@echo "make other-python  the tests on the newest other Python found"
 	@echo "make trainers      real trainers on a small store, each in its own environment: 8 GB, ten minutes"
 
-# One stamp per set of extras: pip runs again only when pyproject.toml has changed.
+# One stamp per set of extras: pip runs again only when pyproject.toml has changed. Python compiles what is imported;
+# to compile all of 2.4 GB is half of the time of an installation.
 $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing actstore[$*] into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -30,6 +32,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m long
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check
@@ -43,7 +48,6 @@ bench: $(VENV)/.bench
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --minutes 10 --seed 1
 	$(BIN)/python -m tests.bucket_soak --seconds 60 --seed 1
-	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.bucket_storm --kills 60
 
 docs: $(VENV)/.docs

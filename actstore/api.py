@@ -21,9 +21,10 @@ from actstore.generations import extend
 from actstore.kept import Kept, norm_statistics
 from actstore.kvstore import DEFAULT_BYTES, Cache, Root
 from actstore.layout import Layout, Site
-from actstore.ledger import appended_plan, committed_blocks, find_plan, lineage, read_status
+from actstore.ledger import appended_plan, find_plan, lineage, read_status
 from actstore.lookup import TokenInContext, column, in_context
 from actstore.marked import TokenRows
+from actstore.markers import committed_blocks
 from actstore.norms import NormStatistics
 from actstore.ranged import check_cache
 from actstore.reader import check_complete, open_dataset

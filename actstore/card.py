@@ -14,7 +14,8 @@ from actstore.errors import StoreError
 from actstore.gather import Source, gather
 from actstore.kvstore import Root
 from actstore.layout import ITEM_BYTES, Site, norm_name
-from actstore.ledger import committed_ranges, read_status
+from actstore.ledger import read_status
+from actstore.markers import committed_ranges
 from actstore.norms import summarize
 from actstore.notebook import isolated, table
 from actstore.schema import Plan, printable

@@ -20,7 +20,7 @@ import pydantic
 
 from actstore.errors import CorruptStoreError, StoragePermissionError
 from actstore.kvstore import Root
-from actstore.ledger import key_in, numbered, window_folder
+from actstore.markers import key_in, numbered, window_folder
 from actstore.schema import FORMAT, Plan, StoredDocument
 
 CLAIM_FOLDER = ".act/claims/"
@@ -100,7 +100,7 @@ class Claims:
             self._root.delete(self._key(work))
 
     def claimed(self, window: int) -> set[int]:
-        """The blocks of a window of `actstore.ledger` that somebody has claimed, for long or not. One small listing."""
+        """The blocks of a window of `markers` that somebody has claimed, for long or not. One small listing."""
         return numbered(self._root.keys(window_folder(self._folder, window)), self._folder)
 
     def over(self, blocks: Iterable[int], *, patience: float, most: float | None = None) -> list[int]:

@@ -23,12 +23,12 @@ from actstore.card import human_bytes
 from actstore.errors import ActstoreError, CorruptStoreError, InputError, UnfinishedStoreError
 from actstore.garbage import find_garbage, remove_garbage
 from actstore.kvstore import Root
-from actstore.ledger import abandon as abandon_addition
 from actstore.ledger import find_plan, read_status
 from actstore.logs import error_line
 from actstore.reader import unfinished
 from actstore.repair import repair as repair_store
 from actstore.schema import printable
+from actstore.sealing import abandon as abandon_addition
 from actstore.terminal import Work, redrawn
 from actstore.verify import Depth, Report
 from actstore.watch import Watch

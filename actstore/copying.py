@@ -26,26 +26,13 @@ from jaxtyping import Shaped, UInt8
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError
 from actstore.gather import BLOCKS_TOGETHER, Source, compare, gather
 from actstore.kvstore import Root
-from actstore.ledger import (
-    MANIFEST_KEY,
-    PLAN_KEY,
-    RANGES_KEY,
-    SEAL_KEY,
-    TABLE_KEY,
-    create_plan,
-    find_plan,
-    key_in,
-    lineage,
-    marker_key,
-    node_objects,
-    read_asset,
-    stored_generations,
-    write_manifest,
-)
+from actstore.ledger import create_plan, find_plan, lineage, read_asset, stored_generations
+from actstore.markers import MANIFEST_KEY, PLAN_KEY, RANGES_KEY, SEAL_KEY, TABLE_KEY, key_in, marker_key
 from actstore.metadata import array_metadata, shard_key, table_group
 from actstore.objects import Objects
 from actstore.reader import check_complete
 from actstore.schema import Plan, Seal, TableMarker
+from actstore.sealing import node_objects, write_manifest
 from actstore.shards import CHECKSUM_BYTES, packed_index
 from actstore.verify import MAX_ASSET_BYTES
 from actstore.vouchers import Vouchers

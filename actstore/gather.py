@@ -19,7 +19,7 @@ from jaxtyping import Int64, Shaped
 from actstore.errors import CorruptStoreError
 from actstore.kvstore import Operation, Root, refuse_fork
 from actstore.layout import Layout
-from actstore.ledger import checksum
+from actstore.markers import checksum
 from actstore.metadata import array_metadata
 from actstore.moments import as_integers
 from actstore.objects import Objects

@@ -10,7 +10,8 @@ from jaxtyping import Int, Int64, Shaped, UInt32
 from actstore.errors import InputError, UnfinishedStoreError, UnknownNameError
 from actstore.kvstore import Root
 from actstore.layout import whole_number
-from actstore.ledger import committed_ranges, read_asset, read_status
+from actstore.ledger import read_asset, read_status
+from actstore.markers import committed_ranges
 from actstore.reader import read_column
 from actstore.schema import Plan
 from actstore.table import StoredDocuments

@@ -13,8 +13,9 @@ from xarray.core import indexing
 from actstore.errors import CorruptStoreError, UnfinishedStoreError
 from actstore.gather import Samples, Source, gather
 from actstore.kvstore import Root, refuse_fork
-from actstore.ledger import committed_blocks, committed_ranges, read_status, refuse_lost_group
+from actstore.ledger import read_status, refuse_lost_group
 from actstore.mapped import can_map
+from actstore.markers import committed_blocks, committed_ranges
 from actstore.metadata import array_metadata, group_metadata
 from actstore.objects import Objects
 from actstore.picked import PickedRows

@@ -4,22 +4,11 @@ import dataclasses
 
 from actstore.errors import InputError
 from actstore.kvstore import Root
-from actstore.ledger import (
-    MANIFEST_KEY,
-    MARKER_FOLDER,
-    RANGES_KEY,
-    SEAL_KEY,
-    TABLE_KEY,
-    create_nodes,
-    key_in,
-    lineage,
-    longer,
-    marker_key,
-    node_objects,
-    stored_generations,
-)
+from actstore.ledger import lineage, stored_generations
+from actstore.markers import MANIFEST_KEY, MARKER_FOLDER, RANGES_KEY, SEAL_KEY, TABLE_KEY, key_in, marker_key
 from actstore.metadata import group_metadata, table_group
 from actstore.schema import Plan, canonical_json
+from actstore.sealing import create_nodes, longer, node_objects
 from actstore.verify import Finding, Report
 
 

@@ -8,9 +8,10 @@ from jaxtyping import Int, Int64, Shaped
 
 from actstore.gather import Source, gather
 from actstore.kvstore import Root
-from actstore.ledger import lineage, read_ranges
+from actstore.ledger import lineage
 from actstore.mapped import runs
 from actstore.schema import Plan
+from actstore.sealing import read_ranges
 from actstore.vouchers import Vouchers
 
 SAMPLES_AT_ONCE = 1 << 22  # 16 MiB of the column

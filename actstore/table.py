@@ -16,7 +16,7 @@ from jaxtyping import Float64, Int, Int32, Int64, Shaped, UInt32
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError, UnknownNameError
 from actstore.kvstore import Root
 from actstore.layout import check_name
-from actstore.ledger import TABLE_KEY, checksum, key_in, write_table_marker
+from actstore.markers import TABLE_KEY, checksum, key_in, write_table_marker
 from actstore.metadata import TABLE_CHUNK_BYTES, table_group, table_groups, table_metadata
 from actstore.objects import Objects
 from actstore.schema import FORMAT, DocumentTableLayout, Plan, TableMarker

@@ -22,7 +22,8 @@ from actstore.errors import ActstoreError, CorruptStoreError
 from actstore.generations import first_layer
 from actstore.kvstore import Root
 from actstore.layout import Layout
-from actstore.ledger import (
+from actstore.ledger import lineage, read_status
+from actstore.markers import (
     MANIFEST_KEY,
     MARKER_FOLDER,
     RANGES_KEY,
@@ -32,10 +33,8 @@ from actstore.ledger import (
     committed_blocks,
     has_table,
     key_in,
-    lineage,
     marker_key,
     read_marker,
-    read_status,
 )
 from actstore.metadata import array_metadata, documents_group, group_metadata, table_group, table_groups
 from actstore.objects import Objects

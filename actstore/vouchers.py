@@ -14,7 +14,8 @@ from actstore.errors import CorruptStoreError
 from actstore.generations import added_sites, first_layer
 from actstore.kvstore import Root
 from actstore.layout import norm_name
-from actstore.ledger import lineage, marker_key, parsed_marker, read_marker, read_status
+from actstore.ledger import lineage, read_status
+from actstore.markers import marker_key, parsed_marker, read_marker
 from actstore.schema import Marker, Plan
 
 KEPT_BYTES = 64 << 20  # of digests: 290 blocks of 4 sites with 24 layers, all of most stores

@@ -7,7 +7,8 @@ from typing import Literal
 
 from actstore.claims import Claim, Claims
 from actstore.kvstore import Root
-from actstore.ledger import committed_blocks, read_plan, read_status
+from actstore.ledger import read_plan, read_status
+from actstore.markers import committed_blocks
 from actstore.schema import Plan, printable
 
 RATE_SECONDS = 300.0  # the rate is that of the last five minutes

@@ -20,21 +20,12 @@ from actstore.gather import Source, gather
 from actstore.generations import added_sites, first_layer
 from actstore.kvstore import Operation, Root
 from actstore.layout import BLOCKS_IN_MEMORY, Column, Layout, Site, norm_name
-from actstore.ledger import (
-    checksum,
-    create_nodes,
-    create_plan,
-    lineage,
-    missing_blocks,
-    seal,
-    take_back_longer,
-    vouched_arrays,
-    write_assets,
-    write_marker,
-)
+from actstore.ledger import create_plan, lineage, write_assets
+from actstore.markers import checksum, missing_blocks, vouched_arrays, write_marker
 from actstore.metadata import array_metadata, label_chunks, shard_key
 from actstore.moments import as_stored, to_float32
 from actstore.schema import FORMAT, MAX_CHUNK_DIGESTS, Marker, Plan
+from actstore.sealing import create_nodes, seal, take_back_longer
 from actstore.shards import RowSums, encode, with_checksum
 from actstore.vouchers import Vouchers
 

@@ -9,7 +9,7 @@ import math
 
 from actstore.generations import added_sites
 from actstore.layout import ITEM_BYTES
-from actstore.ledger import WINDOW_BLOCKS, vouched_arrays
+from actstore.markers import WINDOW_BLOCKS, vouched_arrays
 from actstore.metadata import TABLE_CHUNK_BYTES, array_metadata, table_groups, table_metadata
 from actstore.schema import Plan
 from actstore.writer import SHARDS_AT_ONCE

@@ -19,8 +19,9 @@ from actstore.claims import Claims
 from actstore.errors import ActstoreError
 from actstore.kvstore import Root
 from actstore.layout import BLOCKS_IN_MEMORY
-from actstore.ledger import WINDOW_BLOCKS, committed_blocks, has_marker, is_sealed, seal
+from actstore.markers import WINDOW_BLOCKS, committed_blocks, has_marker
 from actstore.schema import Plan
+from actstore.sealing import is_sealed, seal
 from extract.division import rest, share
 from extract.ranks import Rank
 
@@ -190,7 +191,7 @@ class Dealer:
 
     @property
     def _patience(self) -> float:
-        """A worker that waits for its storage says nothing meanwhile."""
+        """Where the storage is slow, signs of life are too."""
         return max(self._least_patience, self._longest)
 
     @property

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Self
 
 import numpy as np
@@ -14,9 +14,10 @@ from jaxtyping import Shaped
 from actstore.errors import StoppedError
 from actstore.generations import added_sites
 from actstore.kvstore import Root
-from actstore.ledger import has_table, is_sealed
+from actstore.markers import has_table
 from actstore.moments import as_stored
 from actstore.schema import Marker
+from actstore.sealing import is_sealed
 from actstore.table import write_table
 from actstore.writer import BLOCKS_IN_FLIGHT, Writer
 from extract.dealing import PATIENCE_SECONDS, Dealer
@@ -26,6 +27,8 @@ from extract.plan import ExtractPlan
 from extract.ranks import Rank
 from extract.stages import Stages
 from extract.steps import Rows, agreed_blocks, forward_steps
+
+STORAGE_SECONDS = 5.0  # of waiting for it, between two signs of life
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +164,7 @@ class _Run:
         self._stages, self._started = Stages(), time.perf_counter()
         sites = added_sites(plan.store)
         self._sample_bytes = sum(site.sample_bytes for site in sites)
+        self._commits: list[Future[Marker]] = []  # of blocks that are being written
         self._in_hand: dict[int, int] = {}  # samples that were computed, by block, until that is committed
         self._counted = -1  # first sample of the pass whose tokens were counted last: two blocks may share it
         self._state = Progress(
@@ -180,8 +184,9 @@ class _Run:
             for step in steps:
                 if step is not None and step.rows is not None:
                     if buffer is None:
-                        with self._stages.on("storage"):
-                            buffer = next(buffers).begin(*plan.store.block_range(step.block))
+                        buffer = next(buffers)
+                        self._wait_for_storage(lambda taken=buffer: taken.commit is None or taken.commit.done())
+                        buffer.begin(*plan.store.block_range(step.block))
                     with self._stages.on("host"):
                         filled = buffer.fill(step.first, step.rows, step.contexts)
                     tokens = int(step.contexts.filled.sum()) if step.first != self._counted else 0
@@ -192,6 +197,7 @@ class _Run:
                         self._write(step.block, buffer)
                         buffer = None
                 self._show()
+        self._wait_for_storage(lambda: not self._commits)
         with self._stages.on("storage"):
             self._writer.close()
         self._show()
@@ -202,8 +208,9 @@ class _Run:
         return block % self._group.members == self._group.member
 
     def _write(self, block: int, buffer: "_Buffer") -> None:
-        """Hands a full block to the writer."""
+        """Hands a full block to the writer, as soon as that would not wait."""
         dealer = self._dealer
+        self._wait_for_storage(lambda: len(self._commits) < BLOCKS_IN_FLIGHT)
         if not dealer.wanted(block):
             return
         with self._stages.on("storage"):
@@ -212,8 +219,19 @@ class _Run:
             lambda done: dealer.release(block, committed=not done.cancelled() and done.exception() is None)
         )
         buffer.commit = commit
+        self._commits.append(commit)
         start, stop = self._plan.store.block_range(block)
         self._add(blocks_computed=1, bytes_written=(stop - start) * self._sample_bytes)
+
+    def _wait_for_storage(self, ready: Callable[[], bool]) -> None:
+        """Waits for blocks that are being written, and says meanwhile that this worker lives."""
+        while True:
+            self._commits = [commit for commit in self._commits if not commit.done()]
+            if ready():
+                return
+            with self._stages.on("storage"):
+                wait(self._commits, timeout=STORAGE_SECONDS, return_when=FIRST_COMPLETED)
+            self._show()
 
     def _add(self, **more: int) -> None:
         self._state = dataclasses.replace(

@@ -30,7 +30,8 @@ import actstore
 from actstore import Column, Layout, Site
 from actstore.errors import ActstoreError, SealedStoreError
 from actstore.kvstore import Root
-from actstore.ledger import committed_blocks, read_plan
+from actstore.ledger import read_plan
+from actstore.markers import committed_blocks
 from actstore.verify import verify
 
 SECONDS = 120  # then a process that hangs is ended by the system

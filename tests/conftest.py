@@ -3,9 +3,9 @@
 import os
 
 import jaxtyping
-from jaxtyping import install_import_hook
+import typecheck
 
-install_import_hook(["actstore", "extract"], "typecheck.checked")  # before anything imports them
+typecheck.install()  # before anything imports them
 
 from collections.abc import Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
@@ -14,12 +14,18 @@ from unittest import mock  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from parts import mark_the_rest_long  # noqa: E402
 from servers.everywhere import Reached, Started, started  # noqa: E402
 from servers.server import Missing, Server  # noqa: E402
 from stores import Contents, make_contents  # noqa: E402
 
 settings.register_profile("shared", deadline=None, max_examples=40)  # a busy machine is not a failure
 settings.load_profile("shared")
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are marked long are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest_long(items)
 
 
 @pytest.fixture(scope="session")

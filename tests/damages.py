@@ -22,7 +22,7 @@ from stores import Contents, make_contents, make_documents, tree
 import actstore
 from actstore import Column, DocumentTable, Layout, Site
 from actstore.layout import Codec
-from actstore.ledger import MANIFEST_KEY, PLAN_KEY, SEAL_KEY, TABLE_KEY, marker_key
+from actstore.markers import MANIFEST_KEY, PLAN_KEY, SEAL_KEY, TABLE_KEY, marker_key
 
 Change = bytes | Literal["missing", "folder", "loop", "locked"]
 Changes = dict[str, Change]

@@ -33,8 +33,10 @@ from actstore.kvstore import Limits, Root
 from actstore.kvstore.addresses import Address
 from actstore.kvstore.remote import RemotePlace
 from actstore.layout import BLOCKS_IN_MEMORY, Layout, Site
-from actstore.ledger import MARKER_FOLDER, create_nodes, create_plan, is_sealed, vouched_arrays, write_marker
+from actstore.ledger import create_plan
+from actstore.markers import MARKER_FOLDER, vouched_arrays, write_marker
 from actstore.schema import FORMAT, Marker, Plan
+from actstore.sealing import create_nodes, is_sealed
 from extract import dealing
 from extract.dealing import Dealer
 from extract.division import share

@@ -30,7 +30,7 @@ from stores import Contents
 from actstore import kvstore, writer
 from actstore.errors import SealedStoreError, StorageError, UnfinishedStoreError
 from actstore.kvstore import Root
-from actstore.ledger import MANIFEST_KEY, MARKER_FOLDER, PLAN_KEY, RANGES_KEY, SEAL_KEY, TABLE_KEY, marker_key
+from actstore.markers import MANIFEST_KEY, MARKER_FOLDER, PLAN_KEY, RANGES_KEY, SEAL_KEY, TABLE_KEY, marker_key
 
 Request = Generator[None, None, Any]  # yields where another host may run
 LATE_RATES = (0.1, 0.01, 0.0)  # of the steps at which something late arrives; else it arrives at the very end

@@ -51,6 +51,7 @@ def test_elements_are_the_minibatches(url):
         assert_same(list(pipeline), expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["alone", "mapped", "on a device"])
 def test_a_restore_at_every_step_gives_the_same_tail(url, kind):
     pipeline = pipelines(adapter.BatchDataset(url, **SETTINGS))[kind]

@@ -68,6 +68,7 @@ def test_a_tensor_may_be_converted():
 # One sequence
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", WORKERS.values(), ids=WORKERS.keys())
 def test_any_number_of_workers_gives_the_same_sequence(url, workers):
@@ -77,6 +78,7 @@ def test_any_number_of_workers_gives_the_same_sequence(url, workers):
     assert_same(list(loader_of(dataset, workers)), expected)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_state_with_a_minibatch_continues_with_any_number_of_workers(url):
     """torch's own loader reads ahead; the state that comes with a minibatch does not."""
@@ -92,6 +94,7 @@ def test_the_state_with_a_minibatch_continues_with_any_number_of_workers(url):
         dataset.close()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11 on torch 2.13
 @pytest.mark.parametrize("taken", [1, 4])
@@ -252,8 +255,9 @@ def train(batches, model, optimizer, steps):
     return losses
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2, 0])
 def test_training_learns_and_continues_exactly(url, workers, tmp_path):
     """150 real steps with a stop in the middle: the loss falls, and both halves are those of an unbroken run."""
 

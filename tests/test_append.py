@@ -14,6 +14,7 @@ import xarray as xr
 import zarr
 from appending import ADDITIONS, PROVENANCE, Addition, added_layers, added_samples, cut, first_documents
 from kill_points import Forks, unchecked, watched
+from parts import part_and_all
 from stores import LAYOUT, Contents, make_contents, raw_tensorstore, tree
 
 import actstore
@@ -28,9 +29,11 @@ from actstore.errors import (
 )
 from actstore.generations import added_sites, base_of, extend
 from actstore.kvstore import Root
-from actstore.ledger import abandon, lineage, marker_key, read_plan, read_status, seal
+from actstore.ledger import lineage, read_plan, read_status
+from actstore.markers import marker_key
 from actstore.metadata import array_metadata
 from actstore.repair import repair
+from actstore.sealing import abandon, seal
 from actstore.verify import Report, verify
 
 
@@ -118,6 +121,7 @@ def url(addition: Addition, tmp_path: Path) -> Path:
 # What is added is there
 
 
+@pytest.mark.sampled(3)
 def test_the_store_holds_all(addition: Addition, url: Path, tmp_path: Path) -> None:
     check_holds(url, addition.before)
     addition.write(url)
@@ -142,6 +146,7 @@ def test_nothing_that_was_there_is_changed(addition: Addition, url: Path) -> Non
     assert not {key for key in changed if key.startswith((".act/", "documents/", "assets/"))}
 
 
+@pytest.mark.sampled(3)
 def test_readers_see_the_store_as_it_was_until_the_seal(addition: Addition, url: Path) -> None:
     seen = actstore.open(url)
     root = Root.of(url)
@@ -356,8 +361,9 @@ def forks() -> Iterator[Forks]:
 
 
 @pytest.mark.slow
+@part_and_all(8)
 @pytest.mark.parametrize("name", ["samples, inside a chunk", "documents", "layers and sites"])
-def test_killed_anywhere_it_continues(name: str, tmp_path: Path, forks: Forks) -> None:
+def test_killed_anywhere_it_continues(name: str, stride: int, tmp_path: Path, forks: Forks) -> None:
     """SIGKILL at every point of an addition: the store stays what it was, and the next run ends in the same bytes."""
     addition = ADDITIONS[name]()
     start = addition.before.write(tmp_path / "start.acts.zarr")
@@ -366,7 +372,7 @@ def test_killed_anywhere_it_continues(name: str, tmp_path: Path, forks: Forks) -
     points = points_of(addition, whole)
     finished, url = tree(whole), tmp_path / "run.acts.zarr"
     every = max(len(points) // 24, 1)
-    chosen = [*points[::every], *points[-12:]]  # the last are those of the seal
+    chosen = [*points[::every], *points[-12:]][::stride]  # the last are those of the seal
     for point in chosen:
         shutil.copytree(start, url)
         process = forks.append(url, name, kill_at=point)
@@ -536,6 +542,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damage_is_found_and_repaired(case: str, tmp_path: Path) -> None:
     name, key, generation, blocks = DAMAGES[case]

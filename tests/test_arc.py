@@ -258,6 +258,7 @@ def prompts_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("budget", [None, 1000])
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_hold_the_grids_within_the_budget(

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from parts import part_and_all_of
 
 from actstore.errors import InputError, PlanMismatchError, StorageError
 from extract import arc
@@ -250,7 +251,6 @@ def test_what_rows_raise_is_not_taken_for_an_error_of_the_target(tmp_path: Path)
 
 # --- many rows ---
 
-ROWS = 200_000
 MOST_MEMORY = 30_000_000  # bytes beside what a file of ten rows takes: a hundredth of the rows as Python holds them
 COMMAND = [sys.executable, "-m", "actstore", "arc", "transform"]
 # Not `ru_maxrss`: a child begins with that of the process it was forked from.
@@ -283,11 +283,6 @@ def generate_rows(path: Path, count: int, *, spoiled: Callable[[int], bool] = la
     return path
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate_rows(tmp_path_factory.mktemp("many") / "rows.jsonl", ROWS)
-
-
 def measured(source: Path, target: Path) -> tuple[int, dict[str, Any]]:
     """Peak memory of the command in bytes, and what it says."""
     if not Path("/proc/self/status").exists():
@@ -299,16 +294,18 @@ def measured(source: Path, target: Path) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_many_rows_take_bounded_memory(many: Path, tmp_path: Path) -> None:
+@part_and_all_of("count", 20_000, 200_000)
+def test_many_rows_take_bounded_memory(tmp_path: Path, count: int) -> None:
+    many = generate_rows(tmp_path / "rows.jsonl", count)
     target = tmp_path / "tasks.jsonl"
     few, _ = measured(generate_rows(tmp_path / "few.jsonl", 10), tmp_path / "few_tasks.jsonl")
     peak, summary = measured(many, target)
     size = many.stat().st_size / 1e6
     print(
-        f"{ROWS:,} rows, {size:.0f} MB in {summary['seconds']:.0f} s, peak {peak / 1e6:.0f} MB, of ten {few / 1e6:.0f}"
+        f"{count:,} rows, {size:.0f} MB in {summary['seconds']:.0f} s, peak {peak / 1e6:.0f} MB, of ten {few / 1e6:.0f}"
     )
     assert peak - few < MOST_MEMORY
-    assert summary["tasks"] == ROWS
+    assert summary["tasks"] == count
     seen = set()
     with target.open() as lines, many.open() as rows:
         for number, (line, row) in enumerate(zip(lines, rows, strict=True)):
@@ -319,17 +316,17 @@ def test_many_rows_take_bounded_memory(many: Path, tmp_path: Path) -> None:
                 assert [[it["input"], it["output"]] for it in task["train"] + task["test"]] == json.loads(row)[
                     "examples"
                 ]
-    assert len(seen) == ROWS
+    assert len(seen) == count
 
 
 @pytest.mark.slow
-def test_meta_rows_that_are_kept_would_be_found(many: Path, tmp_path: Path) -> None:
+def test_meta_rows_that_are_kept_would_be_found(tmp_path: Path) -> None:
     """The same measure of a program that holds the rows it reads."""
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc/self/status here: the peak of memory is not measured")
     program = f"import json, sys\nkept = [json.loads(it) for it, _ in zip(open(sys.argv[1]), range(COUNT))]\n{PEAK}"
-    peaks = []
-    for count in (10, ROWS // 20):
+    many, peaks = generate_rows(tmp_path / "rows.jsonl", 10_000), []
+    for count in (10, 10_000):
         command = [sys.executable, "-c", program.replace("COUNT", str(count)), str(many)]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stderr))
     assert peaks[1] - peaks[0] > MOST_MEMORY
@@ -337,7 +334,7 @@ def test_meta_rows_that_are_kept_would_be_found(many: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
-    source = generate_rows(tmp_path / "rows.jsonl", 20_000)
+    source = generate_rows(tmp_path / "rows.jsonl", 5_000)
     once, killed = tmp_path / "once.jsonl", tmp_path / "killed.jsonl"
     arc.transform_files([source], once)
     lock = killed.with_name(killed.name + ".__lock")
@@ -356,11 +353,11 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ids_stay_when_rows_are_skipped(tmp_path: Path) -> None:
-    whole = generate_rows(tmp_path / "whole.jsonl", 20_000)
-    spoiled = generate_rows(tmp_path / "spoiled.jsonl", 20_000, spoiled=lambda number: number % 7 == 3)
+    whole = generate_rows(tmp_path / "whole.jsonl", 5_000)
+    spoiled = generate_rows(tmp_path / "spoiled.jsonl", 5_000, spoiled=lambda number: number % 7 == 3)
     arc.transform_files([whole], tmp_path / "a.jsonl")
     made = arc.transform_files([spoiled], tmp_path / "b.jsonl", on_error="skip")
     expected = [line for number, line in enumerate((tmp_path / "a.jsonl").read_bytes().splitlines()) if number % 7 != 3]
     assert (tmp_path / "b.jsonl").read_bytes().splitlines() == expected
-    assert made.faults == {"bad cell": 20_000 - len(expected)}
+    assert made.faults == {"bad cell": 5_000 - len(expected)}
     assert len(made.first_faults) == 5

@@ -30,6 +30,7 @@ def plain_attention(query, key, value, segment_ids, rule):
     return mixed
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "rule",
     [AttentionRule(None, 8**-0.5), AttentionRule(1, 8**-0.5), AttentionRule(40, 8**-0.5), AttentionRule(40, 0.7, 2.0)],

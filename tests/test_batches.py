@@ -50,6 +50,7 @@ def drain(batches):
     return list(iter(batches.next_or_none, None))
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
 @pytest.mark.parametrize("batch_size", [1, 8, 53])
 @pytest.mark.parametrize("window_bytes", WINDOWS.values(), ids=WINDOWS.keys())
@@ -140,6 +141,7 @@ def test_other_codecs_give_the_same_rows(tmp_path, codec):
 # State
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
 @pytest.mark.parametrize("window_bytes", WINDOWS.values(), ids=WINDOWS.keys())
 def test_a_restore_at_every_step_gives_the_same_tail(loader, window_bytes, drop):

@@ -61,6 +61,7 @@ def committed(server: Server, key: str) -> int:
     return sum(name.startswith(".act/commits/") for name in stored(server, key))
 
 
+@pytest.mark.sampled(2)
 def test_workers_write_into_a_bucket_what_one_writes_into_a_folder(server: Server, whole: dict[str, bytes]) -> None:
     key = "extract/run.acts.zarr"
     workers = [extract(server.url(key), "--num-processes", "2", "--process-id", str(rank)) for rank in range(2)]

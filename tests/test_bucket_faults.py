@@ -12,6 +12,7 @@ import pytest
 from bucket_processes import QUICK, Outcome, Processes, check, read, small_contents, stored, write
 from fault_proxy import FAULTS, OF_AN_ACCOUNT, FaultProxy, Kind, Rule
 from kill_points import unchecked
+from parts import part_and_all
 from servers.everywhere import Reached
 from servers.moto import NAME as MOTO
 from servers.server import Server
@@ -86,14 +87,19 @@ def test_there_are_fourteen_faults() -> None:
     assert len(OF_A_NETWORK) >= 14
 
 
+@part_and_all(len(OPERATIONS))
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_faults(server: Server, processes: Processes, operation: str, whole: dict[str, bytes]) -> None:
-    """All faults at once, each with a proxy of its own: those that a few requests meet, then those that all do."""
+def test_faults(server: Server, processes: Processes, operation: str, whole: dict[str, bytes], stride: int) -> None:
+    """Faults at once, each with a proxy of its own: those that a few requests meet, then those that all do.
+
+    The parts of the four operations are all faults together.
+    """
+    faults = sorted(OF_A_NETWORK)[list(OPERATIONS).index(operation) % stride :: stride]
     failures, found = [], {}
     ended: list[tuple[Case, Outcome]] = []
     for many in DEADLINES:
         with ExitStack() as stack:
-            cases = [start(server, processes, operation, many, fault, stack) for fault in OF_A_NETWORK]
+            cases = [start(server, processes, operation, many, fault, stack) for fault in faults]
             ended += [(case, processes.wait(case.process)) for case in cases]
     for case, outcome in ended:
         found[f"{case.fault}, {case.many}"] = (outcome.error or "right", round(outcome.seconds, 1))

@@ -25,6 +25,7 @@ def storm(
         yield Storm(server, processes, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.mark.sampled(2)
 def test_a_storm_of_kills(storm: Storm) -> None:
     print(storm.at_random(6, seed=0))
 

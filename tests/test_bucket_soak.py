@@ -28,6 +28,7 @@ def server(request: pytest.FixtureRequest, reached: Reached) -> Iterator[Server]
         yield found
 
 
+@pytest.mark.sampled(2)
 def test_nothing_is_lost_in_a_few_seconds(server: Server, processes: Processes, tmp_path: Path) -> None:
     figures = BucketSoak(server, processes, tmp_path, seed=2, rules=RULES[::2]).run(1)
     print(figures)
@@ -46,6 +47,7 @@ def test_meta_what_is_torn_would_be_seen(server: Server, processes: Processes, t
 # A writer that is cut off
 
 
+@pytest.mark.sampled(2)
 def test_the_others_finish_while_one_is_cut_off_and_a_rerun_completes(server: Server, processes: Processes) -> None:
     key, environ = "cut-off/run.acts.zarr", QUICK | {"ACTSTORE_DEADLINE_SECONDS": "4"}
     with ExitStack() as stack:

@@ -39,6 +39,7 @@ def server(request: pytest.FixtureRequest, reached: Reached) -> Iterator[Server]
         yield found
 
 
+@pytest.mark.sampled(2)
 def test_four_writers_of_which_one_is_killed_leave_what_every_reader_reads(
     server: Server, processes: Processes, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:

@@ -19,7 +19,7 @@ import actstore
 from actstore import Layout, Site, card
 from actstore.errors import CorruptStoreError
 from actstore.kvstore import Root
-from actstore.ledger import checksum, committed_ranges
+from actstore.markers import checksum, committed_ranges
 from actstore.metadata import array_metadata
 from actstore.schema import Marker, Plan
 

@@ -146,6 +146,7 @@ def test_variables_may_replace_special_tokens() -> None:
 # Token ids
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", list(TOKENS))
 def test_token_ids_of_five_hundred_chats_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     """As `extract` reads them: Qwen's with its own tokenizer, others with the tiny model's and their special tokens."""

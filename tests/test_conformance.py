@@ -239,6 +239,7 @@ def place_of(
     return make
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("promise", PROMISES)
 def test_a_promise_is_kept_or_known_to_be_broken(promise: str, place_of: Callable[[str], Place]) -> None:
     place = place_of(promise)

@@ -69,6 +69,7 @@ def damage(path, place=9):
     path.write_bytes(data)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("writes", [0, 1, 5, 20, 60, 110])
 def test_a_copy_that_fails_is_unfinished_and_is_continued(finished, tmp_path, monkeypatch, writes):
     target, real, left = tmp_path / "run.acts.zarr", Root.write, iter(range(writes))
@@ -95,6 +96,7 @@ def test_a_copy_that_fails_is_unfinished_and_is_continued(finished, tmp_path, mo
     assert (again.objects, again.bytes_copied) == (0, 0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", ADDITIONS.values(), ids=ADDITIONS.keys())
 def test_what_was_appended_is_copied_too(make, tmp_path):
     """A short last block is written again when samples are appended: the copy has its first marker alone."""

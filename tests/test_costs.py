@@ -96,6 +96,7 @@ def files(url: Path) -> list[Path]:
     return [path for path in url.rglob("*") if path.is_file()]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("place", ["folder", "bucket"])
 @pytest.mark.parametrize("sites", [["resid_post"], ["mlp_out", "final_norm"]], ids=["layers", "no layers"])
 def test_objects_and_requests_are_those_of_a_run(

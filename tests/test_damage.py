@@ -21,6 +21,7 @@ from damages import KINDS, SUBJECTS, Damage, Subject, damaged, damages_of, harml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kill_points import unchecked, without_sync
+from parts import part_and_all_of
 from stores import COLUMNS, make_contents, raw_tensorstore, tree
 
 import actstore
@@ -28,7 +29,8 @@ from actstore import Layout, Site
 from actstore.errors import ActstoreError
 from actstore.kvstore import Root
 from actstore.layout import norm_name
-from actstore.ledger import MANIFEST_KEY, PLAN_KEY, SEAL_KEY, TABLE_KEY, read_plan
+from actstore.ledger import read_plan
+from actstore.markers import MANIFEST_KEY, PLAN_KEY, SEAL_KEY, TABLE_KEY
 from actstore.verify import Depth, Finding, verify
 
 pytestmark = pytest.mark.slow
@@ -251,13 +253,16 @@ def check_damage(subject: Subject, truth: dict[str, bytes], damage: Damage, row:
     return [f"{damage}: {problem}" for problem in problems]
 
 
+@part_and_all_of("most", 2, None)
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_every_damage_is_found_and_named_and_none_is_read(name: str, subjects: Callable[[str], Subject]) -> None:
+def test_every_damage_is_found_and_named_and_none_is_read(
+    name: str, most: int | None, subjects: Callable[[str], Subject]
+) -> None:
     subject = subjects(name)
     truth = check_truth(subject)
     rows: dict[str, Row] = collections.defaultdict(Row)
     problems: list[str] = []
-    for damage in damages_of(subject):
+    for damage in damages_of(subject, most_of_a_kind=most):
         problems += check_damage(subject, truth, damage, rows[damage.kind])
     show(name, rows)
     assert not problems, "\n".join([f"{len(problems)} problems", *problems[:40]])

@@ -4,6 +4,7 @@ A page with `executed: true` in its front matter is run from top to bottom, in o
 `python` blocks here, `console` lines in a shell. Blocks of another kind (`text`, `shell`) are not run.
 """
 
+import functools
 import os
 import re
 import shlex
@@ -32,6 +33,11 @@ PAGES = {
 }
 TEXTS = PAGES | {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md")}
 EXECUTED = [name for name, text in PAGES.items() if text.startswith("---\nexecuted: true\n---\n")]
+
+LONG = {  # more than 15 s each; what they show is tested elsewhere too
+    "explanation/shuffling.md", "how-to/append.md", "how-to/arc.md", "how-to/documents-and-rows.md",
+    "how-to/generate.md", "how-to/resume-and-kill.md", "how-to/several-processes.md",
+}  # fmt: skip
 
 
 class Block(NamedTuple):
@@ -73,9 +79,20 @@ def run_console(code: str, folder: Path) -> None:
 # --- examples ---
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Pages start many processes that run the same small models: each program is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXECUTED)
-def test_page_runs(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in EXECUTED]
+)
+def test_page_runs(name, compiled, tmp_path, monkeypatch):
     for library in ("anndata", "pyarrow", "torch"):
         if f"import {library}" in PAGES[name]:
             pytest.importorskip(library, reason=f"NOT CHECKED: {library} is not installed here, and {name} uses it")
@@ -101,6 +118,7 @@ def test_meta_a_wrong_example_fails(tmp_path):
 
 def test_every_page_with_code_is_run():
     assert len(EXECUTED) >= 6
+    assert set(EXECUTED) > LONG
     for name, text in PAGES.items():
         kinds = {block.kind for block in blocks_of(text)}
         assert name in EXECUTED or not kinds & {"python", "console"}, name
@@ -122,6 +140,7 @@ def test_meta_an_absolute_path_would_be_found():
 # --- commands ---
 
 
+@functools.cache
 def program() -> Any:
     full = typer.Typer(add_completion=False)
     full.registered_commands = list(app.registered_commands)

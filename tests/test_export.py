@@ -77,6 +77,7 @@ def bits_of(tensor):
 # In memory
 
 
+@pytest.mark.sampled(3)
 @each_dtype
 @each_selection
 def test_arrays(finished, contents, samples, raw):
@@ -100,6 +101,7 @@ def test_arrays_have_the_axes_of_the_dataset(dataset, contents):
     )
 
 
+@pytest.mark.sampled(5)
 @each_dtype
 @each_selection
 @pytest.mark.parametrize("loaded", [False, True], ids=["lazy", "loaded"])
@@ -125,6 +127,7 @@ def test_tensors_share_the_memory_of_a_loaded_dataset_unless_it_is_read_only(dat
     assert loaded.attn_out.values[0, 0, 0] == 123
 
 
+@pytest.mark.sampled(5)
 @each_dtype
 @each_selection
 @pytest.mark.parametrize("name", NAMES)
@@ -146,6 +149,7 @@ def test_anndata(finished, contents, samples, raw, name, tmp_path):
 # Files
 
 
+@pytest.mark.sampled(3)
 @each_dtype
 @each_selection
 def test_safetensors(finished, contents, samples, raw, tmp_path, small_slabs):
@@ -199,6 +203,7 @@ def as_rows(column, dtype):
     )
 
 
+@pytest.mark.sampled(5)
 @each_dtype
 @each_selection
 def test_parquet(finished, contents, samples, raw, tmp_path, small_slabs):
@@ -274,6 +279,7 @@ def test_a_file_is_replaced_only_when_asked(dataset, write, tmp_path):
         write(dataset, tmp_path, overwrite=True)
 
 
+@pytest.mark.sampled(2)
 @each_writer
 def test_no_file_is_left_of_one_that_failed(contents, write, tmp_path, small_slabs):
     """A damaged shard is met after much was written; the file that was there stays, and nothing beside it."""

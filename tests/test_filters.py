@@ -102,6 +102,7 @@ def drain(loader: Batches[Any]) -> list[actstore.Batch[Any]]:
         return list(iter(loader.next_or_none, None))
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", FILTERS)
 def test_what_is_kept_is_what_numpy_keeps(made: tuple[Contents, Path], name: str, order: Any) -> None:
@@ -154,6 +155,7 @@ def test_norms_of_all_layers_count(made: tuple[Contents, Path]) -> None:
         np.testing.assert_array_equal(batch.rows["final_norm"], contents.rows["final_norm"][batch.samples])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("window_bytes", [1, 300])
@@ -468,6 +470,7 @@ def normalized(name: str, rows: np.ndarray, all_rows: np.ndarray) -> np.ndarray:
 NAMES = ("expected_average_only_in", "norm_factor", "constant_norm_rescale", "layer_norm")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("where", [None, Filter(max_norm=1.2)], ids=["all", "short rows"])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_normalised_as_the_trainers_do(made: tuple[Contents, Path], name: Any, where: Filter | None) -> None:

@@ -108,6 +108,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_of_every_family(family: str, prompts: list[np.ndarray], tmp_path: Path) -> None:
     reference = torch_reference.random_model(FAMILIES[family], tmp_path)
@@ -232,6 +233,7 @@ def test_bfloat16_follows_its_own_forward_pass(tmp_path: Path, prompts: list[np.
 # --- memory ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("taps", [(), (Tap("mlp_post", 1), Tap("resid_post", 1))], ids=["plain", "with_taps"])
 @pytest.mark.parametrize("shape", [(2, 8), (8, 64)])
 def test_compiled_memory_stays_below_the_bound(model: Model, shape: tuple[int, int], taps: tuple[Tap, ...]) -> None:

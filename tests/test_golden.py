@@ -16,8 +16,9 @@ from stores import raw_tensorstore, tree
 import actstore
 from actstore.errors import UnfinishedStoreError
 from actstore.kvstore import Root
-from actstore.ledger import read_plan, seal
+from actstore.ledger import read_plan
 from actstore.runs import DocumentRuns
+from actstore.sealing import seal
 from actstore.verify import verify
 
 FOLDER = Path(__file__).parent / "golden"

@@ -161,6 +161,7 @@ def outcomes(
             print(f"{step[what] / scale:8.2f} {unit} in {step['step']!r} of {name}")
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", CASES)
 def test_a_hostile_store_is_cheap_and_refused(
     name: str, outcomes: dict[str, tuple[Path, list[dict[str, Any]]]]
@@ -195,6 +196,7 @@ HARM = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("guard", UNGUARDED)
 def test_without_a_guard_the_harm_would_be_seen(
     guard: str, tmp_path: Path, sound: dict[str, Path], parents: "queue.Queue[Children]"

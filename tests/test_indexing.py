@@ -143,6 +143,7 @@ def cases(name: str) -> dict[str, dict]:
     return {case: {width if key == "hidden" else key: of for key, of in index.items()} for case, index in table.items()}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("how", OPENERS)
 def test_every_indexing_is_that_of_memory(stores, how, codec):
@@ -152,6 +153,7 @@ def test_every_indexing_is_that_of_memory(stores, how, codec):
             assert_same(stored[name].isel(index), expected[name].isel(index), (name, case))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("how", OPENERS)
 def test_every_label_is_that_of_memory(stores, how, codec):
@@ -223,6 +225,7 @@ def selections(draw, size):
     )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("how", ["engine", "engine, raw", "zarr"])
 @given(layer=selections(3), sample=selections(53), hidden=selections(6))
@@ -266,6 +269,7 @@ def many(tmp_path_factory):
     return contents.rows["x"], contents.write(tmp_path_factory.mktemp("many") / "x.acts.zarr")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("piece_bytes", [16, picked.PIECE_BYTES])
 @pytest.mark.parametrize("part_bytes", [512, 8192, picked.PART_BYTES])
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from kill_points import ASSETS, Forks, block_keys, check_kept, marked_blocks, points_of_a_run
+from parts import part_and_all, part_and_all_of
 from stores import Contents, tree
 
 from actstore.garbage import find_garbage, remove_garbage
 from actstore.kvstore import Root
-from actstore.ledger import TABLE_KEY, marker_key
+from actstore.markers import TABLE_KEY, marker_key
 
 pytestmark = pytest.mark.slow
 
@@ -99,13 +100,20 @@ def test_no_operation_is_forgotten(points: list[str], whole: dict[str, bytes], c
     assert keys == {key for key in whole if "/c/" in key and not others.match(key)}
 
 
+@part_and_all(8)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_run_killed_at_a_point_is_continued_to_the_same_bytes(
-    phase: str, tmp_path: Path, forks: Forks, points: list[str], contents: Contents, whole: dict[str, bytes]
+    phase: str,
+    stride: int,
+    tmp_path: Path,
+    forks: Forks,
+    points: list[str],
+    contents: Contents,
+    whole: dict[str, bytes],
 ) -> None:
     chosen = [point for point in points if phase_of(point, contents) == phase]
     assert len(chosen) >= 24
-    for number, point in enumerate(chosen):
+    for number, point in enumerate(chosen[::stride]):
         url = tmp_path / f"{number}.acts.zarr"
         try:
             assert forks.wait(forks.start(url, range(contents.layout.blocks), seal=True, kill_at=point))
@@ -115,7 +123,9 @@ def test_a_run_killed_at_a_point_is_continued_to_the_same_bytes(
         except AssertionError as error:
             raise AssertionError(f"killed at {point!r}: {error}") from error
         shutil.rmtree(url)
-    print(f"{phase}: killed at {len(chosen)} points, continued by one to three processes, every byte compared")
+    print(
+        f"{phase}: killed at {number + 1} of {len(chosen)} points, continued by 1 to 3 processes, every byte compared"
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not say how many threads run")
@@ -128,12 +138,13 @@ def test_the_server_has_no_threads_when_it_forks(tmp_path: Path, forks: Forks) -
 # At random
 
 
-def test_a_storm_of_kills(tmp_path: Path, forks: Forks, contents: Contents, whole: dict[str, bytes]) -> None:
+@part_and_all_of("most", 20, 200)
+def test_a_storm_of_kills(tmp_path: Path, forks: Forks, contents: Contents, whole: dict[str, bytes], most: int) -> None:
     """One to five processes at once, some with the same blocks, each killed after a random delay or left alone."""
     generator = random.Random(0)
     kills = rounds = handed = stores = committed = 0
     started = time.perf_counter()
-    while kills < 200:
+    while kills < most:
         stores += 1
         url = tmp_path / f"{stores}.acts.zarr"
         while not (url / ".act/SEALED.json").exists():

@@ -21,22 +21,11 @@ from actstore.errors import (
     UnfinishedStoreError,
 )
 from actstore.kvstore import Root
-from actstore.ledger import (
-    committed_blocks,
-    create_nodes,
-    create_plan,
-    marker_key,
-    missing_blocks,
-    read_marker,
-    read_plan,
-    read_status,
-    seal,
-    vouched_arrays,
-    write_assets,
-    write_marker,
-)
+from actstore.ledger import create_plan, read_plan, read_status, write_assets
+from actstore.markers import committed_blocks, marker_key, missing_blocks, read_marker, vouched_arrays, write_marker
 from actstore.metadata import shard_key
 from actstore.schema import Manifest, Marker, Seal, canonical_json
+from actstore.sealing import create_nodes, seal
 
 SMALL = make_contents(Layout((Site("resid_post", 3, (0, 4)),), 11, 4, 2), documents=False)
 

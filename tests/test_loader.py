@@ -42,6 +42,7 @@ def all_of(url: Path, **changes: Any) -> list[actstore.Batch]:
         return list(iter(loader.next_or_none, None))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("check", [True, False])
 def test_every_row_is_the_one_of_its_sample(made: tuple[Contents, Path], order: str, check: bool) -> None:
@@ -74,6 +75,7 @@ def test_several_sites_and_layers_are_aligned(made: tuple[Contents, Path], order
         assert batch.rows["resid_post"].tobytes() == expected.tobytes()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
 def test_parts_are_slices_of_the_same_batches(made: tuple[Contents, Path], order: str, parts: int) -> None:
@@ -113,6 +115,7 @@ def test_any_shape_gives_every_sample_once(
         assert batch.rows.tobytes() == contents.rows["x"][0][batch.samples].tobytes()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("several", [False, True])
 def test_restored_at_every_step_it_goes_on(made: tuple[Contents, Path], order: Any, several: bool) -> None:
@@ -157,6 +160,7 @@ def test_exact_order_mixes_far_more_than_a_window() -> None:
 EXACT = [393657, 606016, 46566, 336945, 348177, 136821]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_copy_goes_on_in_another_process(made: tuple[Contents, Path], order: Any) -> None:
     with actstore.open(made[1]).batches(site="mlp_out", layer=2, batch_size=5, order=order) as loader:
@@ -192,6 +196,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_wrong_shard_is_an_error_in_both_orders(

@@ -80,6 +80,7 @@ def choices(count: int) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("check", [True, False])
 def test_rows_are_those_of_gather(made: tuple[Contents, Path], check: bool, whole: bool) -> None:
@@ -95,6 +96,7 @@ def test_rows_are_those_of_gather(made: tuple[Contents, Path], check: bool, whol
             assert taken(rows, site, samples, whole=whole) == gathered(url, site, layer, samples)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("most", [1, 2, 4096])
 def test_rows_of_more_shards_than_may_stay_mapped_are_the_same(

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -71,6 +72,7 @@ def random_batch(layout: str) -> Batch:
     return make_batch(LAYOUTS[layout], shape=SHAPE, vocab_size=COMMON["vocab_size"])
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_site_of_every_layer_equals_torch(pair, name, layout):
@@ -78,12 +80,20 @@ def test_every_site_of_every_layer_equals_torch(pair, name, layout):
     batch = random_batch(layout)
     found = values_at(model, batch)
     run = torch_reference.one_by_one if layout == "packed" else torch_reference.masked
-    expected = run(reference, batch)
+    expected = settled(lambda: run(reference, batch))
     assert found.keys() == expected.keys() - {LOGITS}
     errors = {tap: relative_error(found[tap], expected[tap]).max() for tap in found}
-    if max(errors.values()) > 2e-5:
-        again = [changed(found, values_at(model, batch)), changed(expected, run(reference, batch))]
-        pytest.fail(f"{errors}; computed again, ours differs by {again[0]}, torch's by {again[1]}")
+    assert max(errors.values()) < 2e-5, errors
+
+
+def settled(run: Callable[[], Values]) -> Values:
+    """What torch computes twice: its first pass in a process was 5.5e-5 off all later ones, in two of many runs."""
+    values = run()
+    for _ in range(5):
+        before, values = values, run()
+        if changed(before, values) < 1e-6:
+            return values
+    pytest.fail("torch does not compute the same twice")
 
 
 def changed(before: Values, after: Values) -> float:
@@ -91,6 +101,7 @@ def changed(before: Values, after: Values) -> float:
     return max(float(relative_error(after[tap], before[tap]).max()) for tap in before)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [*ONE_OF_EACH.values(), "gemma2_low_caps", "llama_smol_tied_three_heads"])
 def test_logits_equal_torch(pair, name):
     reference, model, _ = pair(name)
@@ -111,6 +122,7 @@ def check_bfloat16(reference: torch_reference.PreTrainedModel, folder: Path, bat
         assert relative_error(value, exact[tap]).mean() <= allowed, tap
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_bfloat16_is_as_near_to_float32_as_torch_is(pair, family):
     reference, _, folder = pair(ONE_OF_EACH[family])

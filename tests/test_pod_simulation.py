@@ -13,7 +13,7 @@ from kill_points import unchecked
 from pod_simulation import Bucket, BucketRoot, Clock, Outcome, Pipe, Scenario, costs, simulate
 
 from actstore.claims import CLAIM_FOLDER
-from actstore.ledger import MARKER_FOLDER
+from actstore.markers import MARKER_FOLDER
 from extract import dealing
 from extract.costs import requests
 from extract.dealing import Dealer

@@ -149,6 +149,7 @@ def test_errors_are_json_lines_too(tmp_path: Path) -> None:
     assert (line["severity"], line["message"]) == ("ERROR", "--process-id is 2 of 2; expected 0 to 1")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("signals", [1, 2], ids=["finished", "at once"])
 def test_a_stopped_run_says_so_in_json(tmp_path: Path, signals: int) -> None:
     url = tmp_path / "x.acts.zarr"

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import xarray as xr
 
 import actstore
 import extract
+from actstore.claims import Claims
 from actstore.errors import InputError, PlanMismatchError
+from actstore.kvstore import Root
+from extract import dealing, loop
 from extract.documents import Document
 from extract.models import Model
 from extract.named import model_folder
@@ -47,6 +51,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_stored_rows_equal_a_direct_forward_pass_bit_for_bit(model: Model, tmp_path: Path, dtype: str) -> None:
     plan = make_plan(model, sites=SITES, layers=[0, 2, 3], dtype=dtype)
@@ -133,6 +138,30 @@ def test_running_again_computes_nothing(model: Model, tmp_path: Path) -> None:
     assert tree(Path(url)) == before
 
 
+def test_a_worker_that_waits_for_its_storage_says_that_it_lives(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks take a second to be written, and signs of life are due after 0.1 s: else another would take them over."""
+    real, renewals = Root.write_pieces, Counter[int]()
+
+    def slow(self: Root, key: str, pieces: Any) -> None:
+        if "/c/" in key and not key.startswith("documents/"):
+            time.sleep(1.0)
+        real(self, key, pieces)
+
+    monkeypatch.setattr(Root, "write_pieces", slow)
+    monkeypatch.setattr(Claims, "renew", lambda self, block: renewals.update([block]))
+    monkeypatch.setattr(dealing, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(loop, "STORAGE_SECONDS", 0.05)
+    plan = make_plan(model, layers=[0], block_samples=1024)
+    seen: list[extract.Progress] = []
+    state = extract.run(plan, str(tmp_path / "x.acts.zarr"), progress=seen.append)
+    assert state.limit == "storage"
+    assert renewals.keys() == set(range(state.blocks))
+    assert min(renewals.values()) >= 3
+    assert len({each.seconds_for_storage for each in seen}) > 3 * state.blocks  # progress is shown meanwhile too
+
+
 def test_a_block_size_smaller_than_a_step_and_larger_than_the_store(model: Model, tmp_path: Path) -> None:
     stores = []
     for number, block_samples in enumerate([32, 8192]):
@@ -189,6 +218,7 @@ def wait_for_blocks(process: subprocess.Popen[str], url: Path, blocks: int) -> N
         time.sleep(0.002)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("blocks", [1, 17])
 def test_kill_9_and_run_again_gives_the_same_bytes(tmp_path: Path, undisturbed: dict[str, bytes], blocks: int) -> None:
     url = tmp_path / "x.acts.zarr"
@@ -207,6 +237,7 @@ def test_kill_9_and_run_again_gives_the_same_bytes(tmp_path: Path, undisturbed: 
     assert tree(url) == undisturbed
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_with_75_and_keeps_what_is_done(
     tmp_path: Path, undisturbed: dict[str, bytes], number: signal.Signals
@@ -223,6 +254,7 @@ def test_a_signal_stops_with_75_and_keeps_what_is_done(
     assert tree(url) == undisturbed
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seconds", [0.1, 0.4, 0.8, 1.4, 2.0, 2.6, 3.2, 3.8])
 def test_a_signal_at_any_moment_stops_with_one_line_and_75(tmp_path: Path, seconds: float) -> None:
     """While Python starts, libraries are imported, documents are tokenised, the model compiles and computes."""

@@ -57,6 +57,7 @@ def test_a_run_holds_what_it_announces(tmp_path: Path) -> None:
     assert 0.5 < growth(smaller, larger) < 1.25, (smaller, larger)
 
 
+@pytest.mark.long
 def test_meta_blocks_that_are_kept_would_be_found(tmp_path: Path) -> None:
     smaller, larger = measured(tmp_path, 8192, "keep"), measured(tmp_path, 24576, "keep")
     assert growth(smaller, larger) > 1.35, (smaller, larger)

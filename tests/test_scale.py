@@ -11,7 +11,7 @@ from benchmarks.scale import with_markers, without_data
 import actstore
 from actstore.errors import CorruptStoreError
 from actstore.kvstore import Root
-from actstore.ledger import missing_blocks
+from actstore.markers import missing_blocks
 
 CHILD = """
 import json, sys

@@ -120,6 +120,7 @@ UNIFORM = {  # size, images looked at, outcomes, the 99.99th percentile of chi-s
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("size", "taken", "outcomes", "limit"), UNIFORM.values(), ids=UNIFORM.keys())
 def test_small_permutations_are_uniform_over_keys(size, taken, outcomes, limit):
     assert chi_square(tally(size, taken, 2500), outcomes) < limit

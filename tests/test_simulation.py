@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from kill_points import block_keys
+from parts import part_and_all_of
 from simulation import (
     Crash,
     Disk,
@@ -35,10 +36,11 @@ from simulation import (
 )
 from stores import Contents, make_contents, make_documents, tree
 
-from actstore import Column, Layout, Site, Writer, api, ledger, table, writer
+from actstore import Column, Layout, Site, Writer, api, ledger, markers, sealing, table, writer
 from actstore.errors import CorruptStoreError
 from actstore.kvstore import Root
-from actstore.ledger import SEAL_KEY, marker_key, read_plan
+from actstore.ledger import read_plan
+from actstore.markers import SEAL_KEY, marker_key
 from actstore.metadata import array_metadata
 from actstore.repair import repair
 from actstore.verify import verify
@@ -138,10 +140,9 @@ def run_schedules(world: World, run: Run, seeds: range, *, what: str, **changes:
 # The real code
 
 
-@pytest.mark.parametrize("part", range(2))
-def test_the_real_code_in_thousands_of_schedules(plain: World, part: int) -> None:
-    seeds = range(part * REAL_SCHEDULES // 2, (part + 1) * REAL_SCHEDULES // 2)
-    run_schedules(plain, real_run(plain), seeds, what="real code")
+@part_and_all_of("count", REAL_SCHEDULES // 10, REAL_SCHEDULES)
+def test_the_real_code_in_thousands_of_schedules(plain: World, count: int) -> None:
+    run_schedules(plain, real_run(plain), range(count), what="real code")
 
 
 def test_a_seed_decides_everything(plain: World) -> None:
@@ -155,8 +156,9 @@ def test_a_seed_decides_everything(plain: World) -> None:
         assert logs[0] == logs[1]
 
 
-def test_the_real_code_with_documents(with_documents: World) -> None:
-    run_schedules(with_documents, real_run(with_documents), range(REAL_SCHEDULES // 10), what="with documents")
+@part_and_all_of("count", REAL_SCHEDULES // 100, REAL_SCHEDULES // 10)
+def test_the_real_code_with_documents(with_documents: World, count: int) -> None:
+    run_schedules(with_documents, real_run(with_documents), range(count), what="with documents")
 
 
 def test_a_store_that_ignores_conditions_is_never_wrong(plain: World) -> None:
@@ -167,10 +169,11 @@ def test_a_store_that_ignores_conditions_is_never_wrong(plain: World) -> None:
     print(f"{sum(map(bool, stale))} of {len(stale)} finished stores have stale metadata")
 
 
-def test_late_writes_with_other_low_bits_are_found_and_repaired(plain: World, tmp_path: Path) -> None:
+@part_and_all_of("count", DRIFT_SCHEDULES // 5, DRIFT_SCHEDULES)
+def test_late_writes_with_other_low_bits_are_found_and_repaired(plain: World, tmp_path: Path, count: int) -> None:
     """Hosts of different rounds compute different low bits: verify names exactly the blocks that were mixed."""
     mixed = 0
-    for seed in range(DRIFT_SCHEDULES):
+    for seed in range(count):
         disk, crash_rate = plain.disk(seed, exact=False)
         run_real(disk, plain.url, plain.attempts, crash_rate=crash_rate)
         damaged = mixed_blocks(plain, disk.objects)
@@ -189,7 +192,7 @@ def test_late_writes_with_other_low_bits_are_found_and_repaired(plain: World, tm
         assert verify(root, read_plan(root)).findings == ()
         shutil.rmtree(url)
     assert mixed > 5, "the schedules are too calm to show anything"
-    print(f"{mixed} of {DRIFT_SCHEDULES} schedules left blocks of two attempts; each was found and repaired")
+    print(f"{mixed} of {count} schedules left blocks of two attempts; each was found and repaired")
 
 
 def mixed_blocks(world: World, objects: dict[str, bytes]) -> list[int]:
@@ -222,8 +225,9 @@ def run_with_foreign_marker(world: World) -> Run:
 # The model
 
 
-def test_the_model_in_50_000_schedules(plain: World) -> None:
-    run_schedules(plain, model_run(plain), range(MODEL_SCHEDULES), what="model")
+@part_and_all_of("count", MODEL_SCHEDULES // 10, MODEL_SCHEDULES)
+def test_the_model_in_50_000_schedules(plain: World, count: int) -> None:
+    run_schedules(plain, model_run(plain), range(count), what="model")
 
 
 def test_the_model_with_documents(with_documents: World) -> None:
@@ -307,7 +311,7 @@ COMMIT = "write_marker(self.root, self.plan, marker)"
 LATER = "(lambda key, pieces: self.__dict__.setdefault('late', []).append((key, list(pieces))))("
 AT_LAST = "[self.root.write_pieces(*put) for put in self.__dict__.pop('late')]"
 SEALED_BLOCKS = [
-    ("    found = root", "    blocks = committed_blocks(root, plan)\n    found = root"),
+    ("    found = root", "    blocks = {*plan.blocks} - {*missing_blocks(root, plan)}\n    found = root"),
     ("in plan.blocks)\n    digest", "in blocks)\n    digest"), ("zip(plan.blocks, found", "zip(blocks, found"),
     ("        _refuse_lost_shards(root, plan)", ""),
 ]  # fmt: skip
@@ -325,10 +329,10 @@ MUTANTS: dict[str, tuple[bool, list[tuple[Any, str, list[tuple[str, str]]]]]] = 
     ]),
     "no padding": (False, [(Writer, "_padded", [("if not missing:", "if True:")])]),
     "seal before all markers": (False, [
-        (ledger, "seal", [("if missing:", "if False:")]), (ledger, "write_manifest", SEALED_BLOCKS),
+        (sealing, "seal", [("if missing:", "if False:")]), (sealing, "write_manifest", SEALED_BLOCKS),
     ]),
     "a block is done when it is valid": (False, [
-        (ledger, "committed_blocks", [("key_in(plan.generation, MARKER_FOLDER)", '"valid/c/"')]),
+        (markers, "committed_blocks", [("key_in(plan.generation, MARKER_FOLDER)", '"valid/c/"')]),
     ]),
     "documents not awaited": (True, [(table, "write_table", [("writing.result()", "pass")])]),
     "documents' marker missing": (True, [(table, "write_table", [("write_table_marker(", "(lambda *_: None)(")])]),
@@ -341,7 +345,7 @@ def mutant(changes: list[tuple[Any, str, list[tuple[str, str]]]]) -> Iterator[No
     with ExitStack() as stack:
         for place, name, texts in changes:
             patch = stack.enter_context(mutated(place, name, *texts))
-            for module in (ledger, writer, table, api):
+            for module in (ledger, markers, sealing, writer, table, api):
                 if not isinstance(place, type) and hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, patch))
         yield
@@ -358,7 +362,7 @@ def test_a_mutant_is_caught(request: pytest.FixtureRequest, documents: bool, cha
 def test_a_mutant_that_accepts_a_marker_of_another_plan_is_caught(plain: World) -> None:
     old = "(marker.fingerprint, marker.block) != (plan.fingerprint, block)"
     with (
-        mutant([(ledger, "parsed_marker", [(old, "marker.block != block")])]),
+        mutant([(markers, "parsed_marker", [(old, "marker.block != block")])]),
         pytest.raises(CorruptStoreError, match="block 1 is committed, but its shard resid_post/c/0/1/0 is gone"),
     ):
         run_schedules(plain, run_with_foreign_marker(plain), range(20), what="mutant")

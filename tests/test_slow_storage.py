@@ -14,6 +14,7 @@ OTHER_BYTES = 48_000_000
 """Rows on the device, passes, requests under way and what allocators keep: more than the small blocks here."""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory_is_bounded_where_the_storage_is_the_limit(tmp_path: Path) -> None:
     if not Path("/proc/self/clear_refs").exists():

@@ -419,6 +419,7 @@ def test_every_site_of_thirty_layers_is_that_of_torch(folder, tokenizer):
     assert 0.6 < bits < 1.3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_smollm2_says_what_it_says_in_torch(folder, model, tokenizer):
     """A whole answer, greedy, through our own cache."""

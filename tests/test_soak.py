@@ -19,7 +19,7 @@ def run(*command: str, timeout: float) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_minute_of_training_leaves_nothing_behind() -> None:
     code, found = run("-m", "tests.soak", "--minutes", "1", "--seed", "7", timeout=300)
     print({name: value for name, value in found.items() if name != "measured"})
@@ -69,6 +69,7 @@ LEAKS = {
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("leak", LEAKS)
 def test_meta_a_loader_that_leaks_is_found(leak: str) -> None:
     of_a_loader, of_a_batch = LEAKS[leak]

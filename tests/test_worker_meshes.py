@@ -42,6 +42,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return written(tmp_path_factory.mktemp("one"), 1, "--mesh", INSIDE)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "joined"])
 def test_the_model_inside_each_process(tmp_path: Path, one: dict[str, bytes], count: int, together: bool) -> None:
@@ -69,6 +70,7 @@ def until_blocks(fleet: list[Worker], url: Path, count: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stopped", [[0], [0, 1, 2]], ids=["the coordinator", "all"])
 def test_a_signal_to_joined_workers(tmp_path: Path, one: dict[str, bytes], stopped: list[int]) -> None:
     """Who is stopped ends with 75 in time; the others finish, or end with 75 too; then any number continues."""
@@ -87,6 +89,7 @@ def test_a_signal_to_joined_workers(tmp_path: Path, one: dict[str, bytes], stopp
     assert tree(url) == one
 
 
+@pytest.mark.long
 def test_one_that_is_stopped_does_not_wait_for_those_that_go_on(tmp_path: Path) -> None:
     """The others have work for a minute; JAX ends them some seconds later, and they say that they can be continued."""
     url = tmp_path / "x.acts.zarr"

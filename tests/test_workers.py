@@ -21,7 +21,8 @@ from stores import tree
 import actstore
 from actstore.claims import CLAIM_FOLDER, Claims
 from actstore.kvstore import Root
-from actstore.ledger import marker_key, read_plan
+from actstore.ledger import read_plan
+from actstore.markers import marker_key
 from actstore.schema import canonical_json
 from extract.dealing import Dealer
 from extract.division import rest, share
@@ -77,7 +78,7 @@ def wait_for_blocks(processes: list[subprocess.Popen[str]], url: Path, blocks: i
         time.sleep(0.002)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+@pytest.fixture(scope="module", params=["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, bytes]]:
     """Options, and the files that one worker writes with them."""
     url = tmp_path_factory.mktemp(request.param) / "x.acts.zarr"
@@ -86,7 +87,7 @@ def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return options, tree(url)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
 def test_any_number_of_workers_writes_the_same_bytes(
     tmp_path: Path, one: tuple[list[str], dict[str, bytes]], count: int
 ) -> None:
@@ -120,7 +121,8 @@ def values(url: Path) -> np.ndarray:
     return actstore.open(url).dataset(raw=True).resid_post.values.astype(np.float32)
 
 
-@pytest.mark.parametrize("mesh", ["4,1", "2,2", "1,4"], ids=["data across", "model inside", "model across"])
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("mesh", ["2,2", "1,4", "4,1"], ids=["model inside", "model across", "data across"])
 def test_two_processes_compute_one_model(tmp_path: Path, mesh: str) -> None:
     """The mesh of a group against the same mesh in one process, and against one device."""
     places = {name: tmp_path / f"{name}.acts.zarr" for name in ("group", "process", "device")}
@@ -139,6 +141,7 @@ def test_two_processes_compute_one_model(tmp_path: Path, mesh: str) -> None:
     subprocess.run([sys.executable, "-m", "actstore", "verify", str(places["group"])], check=True, capture_output=True)
 
 
+@pytest.mark.long
 def test_two_groups_write_the_same_bytes_as_one(tmp_path: Path) -> None:
     urls = [tmp_path / f"{groups}.acts.zarr" for groups in (1, 2)]
     for groups, url in enumerate(urls, start=1):
@@ -166,6 +169,7 @@ def test_a_group_that_was_stopped_is_continued_by_single_workers(tmp_path: Path)
     subprocess.run([sys.executable, "-m", "actstore", "verify", str(url)], check=True, capture_output=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("killed", [0, 1], ids=["the coordinator", "another"])
 def test_a_killed_member_is_reported_in_seconds(tmp_path: Path, killed: int) -> None:
     url = tmp_path / "x.acts.zarr"
@@ -179,6 +183,7 @@ def test_a_killed_member_is_reported_in_seconds(tmp_path: Path, killed: int) -> 
     assert "processes that compute this model ended or cannot be reached" in errors
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_the_others_do_what_a_stopped_worker_leaves(
     tmp_path: Path, one: tuple[list[str], dict[str, bytes]], how: signal.Signals
@@ -193,6 +198,7 @@ def test_the_others_do_what_a_stopped_worker_leaves(
     assert tree(url) == one[1]
 
 
+@pytest.mark.long
 def test_a_signal_to_all_and_another_number_of_workers(tmp_path: Path, one: tuple[list[str], dict[str, bytes]]) -> None:
     url = tmp_path / "x.acts.zarr"
     workers = start_all(url, 2, *one[0])
@@ -209,8 +215,9 @@ def test_a_signal_to_all_and_another_number_of_workers(tmp_path: Path, one: tupl
     assert tree(url) == one[1]
 
 
+@pytest.mark.long
 def test_a_storm_of_kills(tmp_path: Path, one: tuple[list[str], dict[str, bytes]]) -> None:
-    """50 of three workers are killed at random moments and replaced by new ones, over as many stores as that takes."""
+    """Many of three workers are killed at random moments and replaced, over as many stores as that takes."""
     if one[0][1] != "bfloat16":
         pytest.skip("NOT REPEATED: the storm is the same for every dtype")
     draw = random.Random(8)
