@@ -151,6 +151,7 @@ def in_worker(url, worker, workers):
     return adapter._Share(batches, worker, workers, states=False)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 def test_workers_share_the_minibatches(url, workers):
     """Without processes: every worker's part, restored at every step, dealt round robin."""
@@ -215,6 +216,7 @@ print(len(list(itertools.islice(loader, 3))), "minibatches")
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("used", ["fresh", "used"])
 def test_forked_workers_read_where_no_store_was_used(url, used):

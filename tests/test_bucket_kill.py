@@ -30,6 +30,7 @@ def test_a_storm_of_kills(storm: Storm) -> None:
     print(storm.at_random(6, seed=0))
 
 
+@pytest.mark.sampled(2)
 def test_a_run_killed_at_a_point_is_continued_to_the_same_bytes(storm: Storm) -> None:
     points = storm.points()
     assert len(points) > 150

@@ -67,6 +67,7 @@ def test_the_others_finish_while_one_is_cut_off_and_a_rerun_completes(server: Se
     assert processes.value(server, "read", key) == "right"
 
 
+@pytest.mark.sampled(2)
 def test_one_that_was_cut_off_goes_on_when_it_heals(server: Server, processes: Processes) -> None:
     key = "healed/run.acts.zarr"
     with FaultProxy(server.endpoint, [Rule("hang", key="/c/")]) as proxy:

@@ -177,6 +177,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("order", ["block", "exact"])
 @pytest.mark.parametrize("how", ["spawn", "forkserver"])
 def test_a_loader_goes_on_in_a_child_as_in_its_parent(finished: Path, tmp_path: Path, how: str, order: str) -> None:
@@ -231,6 +232,7 @@ FORKS: dict[str, tuple[str, str, bool]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", FORKS)
 def test_after_a_fork_a_store_is_refused_and_nothing_hangs(finished: Path, case: str) -> None:
     parent, child, works = FORKS[case]

@@ -260,6 +260,7 @@ def test_extract_refuses_before_anything_is_computed(tmp_path: Path) -> None:
     assert not url.exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_50_000_samples_of_four_layers_take_less_than_one_per_cent_more_than_their_rows(tmp_path: Path) -> None:
     """What the system that this replaces took 720 MB for, in 750 MB."""

@@ -293,6 +293,7 @@ def test_there_are_many_damages_and_each_is_there_once(subjects: Callable[[str],
     assert len(found) >= 900
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_a_sound_file_in_the_wrong_place_is_never_read_as_data(name: str, subjects: Callable[[str], Subject]) -> None:
     """Swapped, stale, rewritten with its checksum, or without one: all but documents are right or an error."""
@@ -319,6 +320,7 @@ def test_a_sound_file_in_the_wrong_place_is_never_read_as_data(name: str, subjec
 # No false alarm
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_changes_that_harm_nothing_change_no_value(name: str, subjects: Callable[[str], Subject]) -> None:
     subject = subjects(name)

@@ -88,6 +88,7 @@ def test_layers_after_the_last_are_not_computed(model, tokens):
     assert bits(forward(poisoned, **tokens, kept=KEPT)) == bits(forward(model.params, **tokens, kept=KEPT))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("taps", "share"),
     [([Tap("embed", None)], 0.001), ([Tap("resid_post", 0)], 0.26), ([Tap("attn_out", 1)], 0.36)],
@@ -109,6 +110,7 @@ def test_no_logits_are_computed(model, tokens):
     assert f"{BATCH},{CONTEXT},{model.config.vocab_size}]" not in text
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_rows_are_cast_once_from_the_computed_values(model, tokens, full, dtype):
     rows = make_forward(model, every_tap(model), dtype=dtype)(model.params, **tokens, kept=KEPT)

@@ -146,6 +146,7 @@ def test_the_loop_ends_when_all_rows_have_stopped(model: Model, prompts: list[np
 SAMPLED = Sampling(temperature=1.3, top_k=40, top_p=0.95, seed=7)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
 def test_a_row_has_the_same_tokens_whatever_else_is_in_the_batch(
     model: Model, prompts: list[np.ndarray], sampling: Sampling

@@ -37,6 +37,7 @@ def one_row_of_each_document() -> DocumentTable:
     )  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "make",
     [tokens_of_documents, one_row_of_each_document],

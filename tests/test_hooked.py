@@ -63,6 +63,7 @@ def test_padding_changes_no_real_token(model: Any, loaded: Model, mask: np.ndarr
     np.testing.assert_allclose(padded["layer_2"][0, mask[0] > 0], alone["layer_2"][0], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mask", [None, LEFT, RIGHT], ids=["no_mask", "left", "right"])
 def test_generation_with_activations(model: Any, loaded: Model, mask: np.ndarray | None) -> None:
     ids, final, steps = extract.generate_with_layer_activations(
@@ -173,6 +174,7 @@ DIFFERENCES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("changes", "difference"), DIFFERENCES.values(), ids=DIFFERENCES)
 def test_what_differs_is_said_in_few_words(changes: dict, difference: str) -> None:
     other = json.loads((TINY / "config.json").read_text()) | changes

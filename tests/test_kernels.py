@@ -56,7 +56,7 @@ def inputs(length: int, *, heads: int, kv_heads: int, dtype: str = "float32") ->
     return [*(jnp.asarray(values, dtype) for values in states), jnp.asarray(segments)]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)], ids=["grouped", "one key head"])
 @pytest.mark.parametrize("length", [5, 200])
 @pytest.mark.parametrize(("kernel", "rule"), KERNEL_RULES)

@@ -79,7 +79,7 @@ CASES: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("order", ["block", "exact"])
 @pytest.mark.parametrize("codec", ["crc32c", "zstd"])

@@ -58,6 +58,7 @@ def measured(folder: Path, *settings: str) -> dict[str, int]:
     return json.loads(found.stdout)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("codec", ["crc32c", "none", "zstd"])
 def test_a_writer_holds_what_it_announces(tmp_path, codec):
     found = measured(tmp_path, codec, "bfloat16", "drop")

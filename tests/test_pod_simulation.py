@@ -104,6 +104,7 @@ def test_hosts_that_die_before_a_slow_storage_cost_little_more_than_it_takes() -
     assert outcome.seconds < outcome.committed_seconds + 20
 
 
+@pytest.mark.long
 def test_many_hosts_that_run_out_at_once_do_not_ask_all_at_once() -> None:
     """They wait half a minute for their last blocks, and look for others meanwhile."""
     crowd = dataclasses.replace(

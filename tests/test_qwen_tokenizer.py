@@ -95,6 +95,7 @@ def test_texts_that_are_not_composed_have_offsets_into_the_text_as_it_is(engine:
     assert found.offsets[-1][1] == 4
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "last"), [("qwen2.5", 151_664), ("qwen3", 151_668)])
 def test_added_tokens_follow_the_base(tmp_path: Path, name: str, last: int) -> None:
     """The ids are those of the models' own files: <|im_end|> ends a turn, </think> is Qwen3's last."""

@@ -101,6 +101,7 @@ def test_progress_counts_the_steps():
     assert steps == [(f"training, fvu {one.fvu:.3f}", done, 3) for done, one in enumerate(trained.history, start=1)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "convert",
     [

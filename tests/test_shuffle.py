@@ -203,6 +203,7 @@ def test_a_part_of_a_window_is_the_same_part_of_the_whole(order, epoch, data):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("window_chunks", [1, 3, 1000])
 def test_seeds_and_epochs_differ(window_chunks):
     orders = [

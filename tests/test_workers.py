@@ -107,6 +107,7 @@ def test_workers_that_know_nothing_of_each_other_share_the_blocks_too(
     assert tree(url) == one[1]
 
 
+@pytest.mark.long
 def test_joined_workers_that_compute_alone_write_the_same_bytes(
     tmp_path: Path, one: tuple[list[str], dict[str, bytes]]
 ) -> None:
@@ -121,7 +122,7 @@ def values(url: Path) -> np.ndarray:
     return actstore.open(url).dataset(raw=True).resid_post.values.astype(np.float32)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.long  # test_worker_meshes.py has one across two processes
 @pytest.mark.parametrize("mesh", ["2,2", "1,4", "4,1"], ids=["model inside", "model across", "data across"])
 def test_two_processes_compute_one_model(tmp_path: Path, mesh: str) -> None:
     """The mesh of a group against the same mesh in one process, and against one device."""
@@ -152,6 +153,7 @@ def test_two_groups_write_the_same_bytes_as_one(tmp_path: Path) -> None:
     assert tree(urls[0]) == tree(urls[1])
 
 
+@pytest.mark.long
 def test_a_group_that_was_stopped_is_continued_by_single_workers(tmp_path: Path) -> None:
     """SIGTERM comes to one member: both end with 75, at the same step."""
     url = tmp_path / "x.acts.zarr"
