@@ -185,7 +185,7 @@ class _Run:
                 if step is not None and step.rows is not None:
                     if buffer is None:
                         buffer = next(buffers)
-                        self._wait_for_storage(lambda taken=buffer: taken.commit is None or taken.commit.done())
+                        self._wait_for_storage(buffer.is_free)
                         buffer.begin(*plan.store.block_range(step.block))
                     with self._stages.on("host"):
                         filled = buffer.fill(step.first, step.rows, step.contexts)
@@ -268,6 +268,10 @@ class _Buffer:
         self._columns = {column.name: np.empty(layout.block_samples, column.dtype) for column in columns}
         self._start = self._stop = self._next = 0
         self.commit: Future[Marker] | None = None
+
+    def is_free(self) -> bool:
+        """Whether the block that was in here is written, or could not be."""
+        return self.commit is None or self.commit.done()
 
     def begin(self, start: int, stop: int) -> Self:
         """Takes the samples start..stop-1 next, once the block that was in here is committed."""
