@@ -31,7 +31,7 @@ demo: $(VENV)/.demo
 	$(BIN)/actstore demo --folder $(DEMO)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m long
@@ -57,7 +57,7 @@ wheel-check: $(VENV)/.test
 	$(BIN)/python tests/wheel_check.py
 
 other-python: $(VENV)/.test
-	$(BIN)/python tests/other_python.py
+	$(BIN)/python tests/other_python.py $(PYTEST_ARGS)
 
 # Says loudly which trainer could not be installed, and then fails: TRAINERS="saelens sparsify" runs only some.
 trainers:

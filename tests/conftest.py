@@ -1,6 +1,8 @@
 """Switches the shape checks on, and makes the small stores that tests share."""
 
+import math
 import os
+import time
 
 import jaxtyping
 import typecheck
@@ -21,6 +23,19 @@ from stores import Contents, make_contents  # noqa: E402
 
 settings.register_profile("shared", deadline=None, max_examples=40)  # a busy machine is not a failure
 settings.load_profile("shared")
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, default=math.inf, help="tests that would begin later are skipped, loudly")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if time.monotonic() - BEGUN > 60 * minutes:
+        pytest.skip(f"NOT RUN: {minutes:g} minutes were over on this machine; run it on a faster one")
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are marked long are left out

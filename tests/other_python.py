@@ -1,7 +1,8 @@
 """Runs the tests on the newest other Python that is found, with the newest libraries it allows.
 
-Run by `make other-python` and by CI. Everything but torch is installed there (its CPU wheel is for one Python only), so
-comparisons with torch are skipped there, each with its reason. Where no other Python is found, it says so loudly.
+Run by `make other-python` and by CI; its arguments are given to pytest. Everything but torch is installed there (its
+CPU wheel is for one Python only), so comparisons with torch are skipped there, each with its reason. Where no other
+Python is found, it says so loudly.
 """
 
 import os
@@ -60,6 +61,7 @@ def main() -> None:
             "-q",
             "-m",
             "not slow and not long",
+            *sys.argv[1:],
         ]
         tests = subprocess.run(command, cwd=TOP)
         sys.exit(tests.returncode)
