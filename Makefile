@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+unexport PYTHONDONTWRITEBYTECODE  # with it, hundreds of processes of the tests compile what they import, each again
 
 .PHONY: demo test test-long lint bench soak docs wheel-check other-python trainers clean help
 
@@ -19,12 +20,11 @@ help:
 	@echo "make other-python  the tests on the newest other Python found"
 	@echo "make trainers      real trainers on a small store, each in its own environment: 8 GB, ten minutes"
 
-# One stamp per set of extras: pip runs again only when pyproject.toml has changed. Python compiles what is imported;
-# to compile all of 2.4 GB is half of the time of an installation.
+# One stamp per set of extras: pip runs again only when pyproject.toml has changed.
 $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing actstore[$*] into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[$*]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
 demo: $(VENV)/.demo

@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="actstore-python-") as name:
         subprocess.run([python, "-m", "venv", name], check=True)
         other = Path(name) / "bin/python"
-        pip = [other, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+        pip = [other, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, f"{TOP}[arc,demo,dask,grain,parquet,qwen]", *TOOLS], check=True)
         subprocess.run([other, "-m", "pip", "list"], check=True)
         print("NOT REPEATED on this Python: tests marked slow, of the commit protocol, damage and hostile stores")
