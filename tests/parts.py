@@ -1,8 +1,8 @@
 """What `make test` does of a test that has a long form: `make test-long` does the rest.
 
-A gate that nobody waits for is worth more than one that tries everything. A test of many cases is marked
-`sampled(every)`: every such case is run by `make test`, and all others are marked `long`. A test with many cases inside
-is given a stride, `@part_and_all(every)`, and takes `cases[::stride]`. One with counts takes `part_and_all_of`.
+A test of many cases is marked `sampled(every)`: every such case is run by `make test`, the others are marked `long`. A
+test with many cases inside is given a stride, `@part_and_all(every)`, and takes `cases[::stride]`. One with counts
+takes `@part_and_all_of`. A case by its name, long or not: `pytest -m '' -k NAME`. Why: docs/decisions/0022.
 """
 
 from collections import Counter
