@@ -333,8 +333,9 @@ def test_meta_rows_that_are_kept_would_be_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
-    source = generate_rows(tmp_path / "rows.jsonl", 5_000)
+@part_and_all_of("count", 5_000, 20_000)
+def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path, count: int) -> None:
+    source = generate_rows(tmp_path / "rows.jsonl", count)
     once, killed = tmp_path / "once.jsonl", tmp_path / "killed.jsonl"
     arc.transform_files([source], once)
     lock = killed.with_name(killed.name + ".__lock")
@@ -352,12 +353,13 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ids_stay_when_rows_are_skipped(tmp_path: Path) -> None:
-    whole = generate_rows(tmp_path / "whole.jsonl", 5_000)
-    spoiled = generate_rows(tmp_path / "spoiled.jsonl", 5_000, spoiled=lambda number: number % 7 == 3)
+@part_and_all_of("count", 5_000, 20_000)
+def test_ids_stay_when_rows_are_skipped(tmp_path: Path, count: int) -> None:
+    whole = generate_rows(tmp_path / "whole.jsonl", count)
+    spoiled = generate_rows(tmp_path / "spoiled.jsonl", count, spoiled=lambda number: number % 7 == 3)
     arc.transform_files([whole], tmp_path / "a.jsonl")
     made = arc.transform_files([spoiled], tmp_path / "b.jsonl", on_error="skip")
     expected = [line for number, line in enumerate((tmp_path / "a.jsonl").read_bytes().splitlines()) if number % 7 != 3]
     assert (tmp_path / "b.jsonl").read_bytes().splitlines() == expected
-    assert made.faults == {"bad cell": 5_000 - len(expected)}
+    assert made.faults == {"bad cell": count - len(expected)}
     assert len(made.first_faults) == 5

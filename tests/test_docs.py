@@ -34,7 +34,7 @@ PAGES = {
 TEXTS = PAGES | {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md")}
 EXECUTED = [name for name, text in PAGES.items() if text.startswith("---\nexecuted: true\n---\n")]
 
-LONG = {  # more than 15 s each; what they show is tested elsewhere too
+LONG = {  # the slowest; what they show is tested elsewhere too
     "explanation/shuffling.md", "how-to/append.md", "how-to/arc.md", "how-to/documents-and-rows.md",
     "how-to/generate.md", "how-to/resume-and-kill.md", "how-to/several-processes.md",
 }  # fmt: skip

@@ -120,15 +120,7 @@ def test_the_sound_shard_is_read(tmp_path: Path) -> None:
 def test_a_fuzz_guided_by_coverage_finds_nothing(tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="atheris is not installed: it has wheels for Linux on x86-64, Python <= 3.13")
     program = Path(__file__).parent / "fuzz_metadata.py"
-    command = [
-        sys.executable,
-        program,
-        "-runs=20000",
-        "-seed=1",
-        "-max_len=4096",
-        "-rss_limit_mb=2000",
-        "-timeout=100",
-    ]
+    command = [sys.executable, program, "-runs=20000", "-seed=1", "-max_len=4096", "-rss_limit_mb=2000", "-timeout=100"]
     fresh = ["sh", "-c", '"$@"; exit $?', "sh"]  # a program begins with the peak memory of what started it
     answer = subprocess.run([*fresh, *command], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert answer.returncode == 0, answer.stderr[-3000:]

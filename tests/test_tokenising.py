@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import tokenizers
+from parts import part_and_all_of
 from tokenizers import normalizers, processors
 from watched import WATCH
 
@@ -424,15 +425,16 @@ def grown(count: int, folder: Path | str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_documents_of_a_folder(tmp_path):
-    few, many = grown(3_000, tmp_path / "few"), grown(12_000, tmp_path / "many")
-    assert many["tokens"] * 12 + many["text"] > 175e6, "there is something to hold"
+@part_and_all_of("count", 12_000, 24_000)
+def test_memory_does_not_grow_with_the_documents_of_a_folder(tmp_path, count):
+    few, many = grown(3_000, tmp_path / "few"), grown(count, tmp_path / "many")
+    assert many["tokens"] * 12 + many["text"] > 350e6 * count / 24_000, "there is something to hold"
     for each in (few, many):
         print(f"{each['grown'] / 1e6:.0f} MB for {each['tokens']:,} tokens")
-    assert many["grown"] < few["grown"] + 75e6
+    assert many["grown"] < few["grown"] + 150e6 * count / 24_000
 
 
 @pytest.mark.long
 @pytest.mark.slow
 def test_meta_tokens_in_memory_would_be_seen():
-    assert grown(12_000, "")["grown"] > 175e6
+    assert grown(24_000, "")["grown"] > 350e6

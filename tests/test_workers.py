@@ -219,7 +219,7 @@ def test_a_signal_to_all_and_another_number_of_workers(tmp_path: Path, one: tupl
 
 @pytest.mark.long
 def test_a_storm_of_kills(tmp_path: Path, one: tuple[list[str], dict[str, bytes]]) -> None:
-    """Many of three workers are killed at random moments and replaced, over as many stores as that takes."""
+    """50 of three workers are killed at random moments and replaced by new ones, over as many stores as that takes."""
     if one[0][1] != "bfloat16":
         pytest.skip("NOT REPEATED: the storm is the same for every dtype")
     draw = random.Random(8)
