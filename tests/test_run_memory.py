@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+MOST_GROWTH = 1.4  # of the peak for each announced byte; 0.92 to 1.06 was found, and 1.9 where blocks are kept
 RUN = """
 import json, re, sys
 from pathlib import Path
@@ -35,29 +37,40 @@ print(json.dumps(found))
 """
 
 
-def measured(folder: Path, block_samples: int, keep: str = "drop") -> dict[str, int]:
+def measured(folder: Path, block_samples: int, keep: str) -> dict[str, int]:
     if not Path("/proc/self/status").exists():
         pytest.skip("NOT MEASURED: no /proc/self/status here, which knows the peak of memory")
-    command = [sys.executable, "-c", RUN, str(folder), str(block_samples), keep]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        command = [sys.executable, "-c", RUN, name, str(block_samples), keep]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def growth(smaller: dict[str, int], larger: dict[str, int]) -> float:
-    """How much the peak grows for each announced byte. Libraries, programs and rows on their way are in both alike."""
-    return (larger["peak"] - smaller["peak"]) / (larger["announced"] - smaller["announced"])
+def grown(folder: Path, keep: str = "drop") -> float:
+    """How much the peak grows for each announced byte. Libraries, programs and rows on their way are in both alike.
+
+    What compilers and allocators hold for a moment differs from run to run and only comes on top: where the growth is
+    over the bound, the least peak of up to three runs of each size counts. Blocks are there in every run.
+    """
+    peaks: dict[int, int] = {}
+    for _ in range(3):
+        found = [measured(folder, samples, keep) for samples in (8192, 24576)]
+        for run in found:
+            assert run["announced"] == 3 * run["block"]
+            assert run["blocks"] > 6, "more than twice what may be held"
+            peaks[run["announced"]] = min(run["peak"], peaks.get(run["announced"], run["peak"]))
+        (small, least), (large, most) = sorted(peaks.items())
+        if (most - least) / (large - small) < MOST_GROWTH:
+            break
+    print(f"{keep}: {peaks}")
+    return (most - least) / (large - small)
 
 
 def test_a_run_holds_what_it_announces(tmp_path: Path) -> None:
-    smaller, larger = measured(tmp_path, 8192), measured(tmp_path, 24576)
-    for found in (smaller, larger):
-        assert found["announced"] == 3 * found["block"]
-        assert found["blocks"] > 6, "more than twice what may be held"
-    assert 0.5 < growth(smaller, larger) < 1.25, (smaller, larger)
+    assert 0.5 < grown(tmp_path) < MOST_GROWTH
 
 
 @pytest.mark.long
 def test_meta_blocks_that_are_kept_would_be_found(tmp_path: Path) -> None:
-    smaller, larger = measured(tmp_path, 8192, "keep"), measured(tmp_path, 24576, "keep")
-    assert growth(smaller, larger) > 1.35, (smaller, larger)
+    assert grown(tmp_path, "keep") > 1.2 * MOST_GROWTH
