@@ -136,7 +136,10 @@ def places(
         int | None, typer.Option(help="samples per block; default aims at shards of 128 MiB")
     ] = None,
     mesh: Annotated[
-        str | None, typer.Option(help="devices as DATA,MODEL; default as many as divide --batch, and 1")
+        str | None,
+        typer.Option(
+            help="devices as DATA,MODEL; default as many as divide --batch, and 1; a CPU is JAX_NUM_CPU_DEVICES"
+        ),
     ] = None,
     attention: Annotated[
         str | None,

@@ -31,7 +31,7 @@ PAGES = {
     for path in sorted(DOCS.rglob("*.md"))
     if "_build" not in path.parts
 }
-TEXTS = PAGES | {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md")}
+TEXTS = PAGES | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
 EXECUTED = [name for name, text in PAGES.items() if text.startswith("---\nexecuted: true\n---\n")]
 
 LONG = {  # the slowest; what they show is tested elsewhere too

@@ -1,4 +1,5 @@
-"""Capture with other libraries, each as its own documentation says. A process runs one of them.
+"""Capture in a process of its own: with other libraries, each as its own documentation says, and with ours as a whole
+processor is best used, which is said before JAX starts.
 
 `python -m tests.benchmarks.captors WAY MODEL FOLDER` takes `run` and `keep`, a line each, and answers each with a line
 of JSON. `run` is one pass over `token_ids.npy` of the folder, after which the residual streams behind the layers of
@@ -7,6 +8,7 @@ environment has NumPy and no actstore.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,22 @@ from typing import Any
 import numpy as np
 
 Run = Callable[[], np.ndarray]
+
+
+def with_actstore(model: str, token_ids: np.ndarray, layers: Sequence[int]) -> Run:
+    """The mesh that a run takes where `JAX_NUM_CPU_DEVICES` is the number of cores."""
+    import jax
+
+    from extract.forward import make_forward
+    from extract.mesh import default_mesh, make_mesh
+    from extract.models import Tap, load_model
+
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    loaded = load_model(model, mesh=make_mesh(*default_mesh(len(token_ids))))
+    forward = make_forward(loaded, [Tap("resid_post", layer) for layer in layers], dtype="float32")
+    positions = np.broadcast_to(np.arange(token_ids.shape[1], dtype=np.int32), token_ids.shape)
+    given = (token_ids, np.ones_like(token_ids), positions, np.arange(token_ids.size, dtype=np.int32))
+    return lambda: np.asarray(forward(loaded.params, *given)["resid_post"])
 
 
 def with_nnsight(model: str, token_ids: np.ndarray, layers: Sequence[int]) -> Run:
@@ -58,7 +76,8 @@ def stacked(states: Sequence[Any]) -> np.ndarray:
     return np.stack([state.reshape(-1, state.shape[-1]).numpy() for state in states])
 
 
-WAYS = {"nnsight": with_nnsight, "TransformerLens": with_transformer_lens}
+EACH_CORE = "actstore, a device for each core"
+WAYS = {EACH_CORE: with_actstore, "nnsight": with_nnsight, "TransformerLens": with_transformer_lens}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Tokens per second of forward passes with and without capture, beside torch, nnsight and TransformerLens.
 
 All have the same weights and the same batch. The last two are processes in environments of their own (`captors`), and
-are measured if their rows are those of actstore.
+are measured if their rows are those of actstore; so is actstore with a device for each core.
 
 Each pass runs all layers and no output head, except where a way says otherwise, and leaves its rows on the host as
 NumPy arrays, as a store wants them: [layer, row, hidden] in float32.
@@ -27,7 +27,7 @@ from tests.benchmarks.timing import median_seconds
 
 BATCH, CONTEXT = 8, 256
 MOST_ERROR = 1e-3  # of the norm of a row: float32 in another order
-HEADS = {"nnsight": "", "TransformerLens": " and head"}
+HEADS = {"TransformerLens": " and head"}
 
 
 def measure(folder: Path, *, model: str, repeats: int) -> dict[str, object]:
@@ -112,7 +112,7 @@ def peer_ways(
             far = np.linalg.norm(rows - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
             if far.max() > MOST_ERROR:
                 raise RuntimeError(f"its rows differ from ours by {far.max():.1e} of their norm")
-            ways[f"{name}, {len(layers)} layers{HEADS[name]}"] = partial(peer.ask, "run")
+            ways[f"{name}, {len(layers)} layers{HEADS.get(name, '')}"] = partial(peer.ask, "run")
         except (OSError, RuntimeError) as error:
             print(f"capture        NOT MEASURED: {name}: {error}", flush=True)
     return ways
