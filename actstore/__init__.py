@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actstore.api import Store, append, copy, create, open  # noqa: A004  reads as `actstore.open`
+    from actstore.api import append, copy, create, open  # noqa: A004  reads as `actstore.open`
     from actstore.batches import Batch, Batches
     from actstore.errors import ActstoreError
     from actstore.filters import Filter
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from actstore.marked import TokenRows
     from actstore.norms import NormStatistics
     from actstore.schema import Plan
+    from actstore.store import Store
     from actstore.table import DocumentTable
     from actstore.writer import Writer
     from actstore.zarr_adapter import zarr_store

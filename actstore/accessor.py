@@ -24,6 +24,7 @@ from actstore.asked import (
     rows_here,
     samples_here,
 )
+from actstore.documents import StoredDocuments
 from actstore.errors import InputError, UnfinishedStoreError, UnknownNameError
 from actstore.filters import Filter
 from actstore.gather import Samples
@@ -36,7 +37,6 @@ from actstore.moments import to_float32
 from actstore.opened import Opened, store_of
 from actstore.reader import ROW
 from actstore.shuffle import Permutation
-from actstore.table import StoredDocuments
 
 if TYPE_CHECKING:
     import anndata

@@ -14,7 +14,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float64, Int64, Integer
 
-from actstore.api import Store
 from actstore.batches import Array, Batches, Order, window_size
 from actstore.errors import InputError
 from actstore.gather import Source
@@ -32,6 +31,7 @@ from actstore.mixing import (
     neighbour_pairs,
 )
 from actstore.shards import CHECKSUM_BYTES
+from actstore.store import Store
 
 BATCH_SIZE = 4096
 KEPT_SAMPLES = 1 << 20  # whose numbers are kept for the figures of the shuffle: 8 MiB

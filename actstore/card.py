@@ -18,7 +18,8 @@ from actstore.ledger import read_status
 from actstore.markers import committed_ranges
 from actstore.norms import summarize
 from actstore.notebook import isolated, table
-from actstore.schema import Plan, printable
+from actstore.schema import Plan
+from actstore.untrusted import printable
 from actstore.vouchers import Vouchers
 
 NORM_BLOCKS = 4  # spread over the store; those of each site and layer are one read

@@ -27,9 +27,9 @@ from actstore.ledger import find_plan, read_status
 from actstore.logs import error_line
 from actstore.reader import unfinished
 from actstore.repair import repair as repair_store
-from actstore.schema import printable
 from actstore.sealing import abandon as abandon_addition
 from actstore.terminal import Work, redrawn
+from actstore.untrusted import printable
 from actstore.verify import Depth, Report
 from actstore.watch import Watch
 

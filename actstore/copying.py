@@ -23,6 +23,7 @@ import xxhash
 from crc32c import crc32c
 from jaxtyping import Shaped, UInt8
 
+from actstore.commits import Seal, TableMarker
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError
 from actstore.gather import BLOCKS_TOGETHER, Source, compare, gather
 from actstore.kvstore import Root
@@ -31,7 +32,7 @@ from actstore.markers import MANIFEST_KEY, PLAN_KEY, RANGES_KEY, SEAL_KEY, TABLE
 from actstore.metadata import array_metadata, shard_key, table_group
 from actstore.objects import Objects
 from actstore.reader import check_complete
-from actstore.schema import Plan, Seal, TableMarker
+from actstore.schema import Plan
 from actstore.sealing import node_objects, write_manifest
 from actstore.shards import CHECKSUM_BYTES, packed_index
 from actstore.verify import MAX_ASSET_BYTES

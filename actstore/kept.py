@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Bool, Float32, Int, Int64, Shaped
 
+from actstore.documents import StoredDocuments
 from actstore.errors import InputError, UnknownNameError
 from actstore.filters import Condition, Filter
 from actstore.gather import Source, gather, tiles
@@ -18,7 +19,6 @@ from actstore.kvstore import Root
 from actstore.layout import Site, norm_name
 from actstore.norms import NormStatistics, stored_norms, summarize
 from actstore.schema import Plan
-from actstore.table import StoredDocuments
 from actstore.vouchers import Vouchers
 
 MASK_BYTES = 128 << 20  # one bit per sample: 10^9 samples are decided once, of larger stores those asked for last

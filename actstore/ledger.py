@@ -24,7 +24,8 @@ from actstore.errors import (
 from actstore.generations import leads_to
 from actstore.kvstore import Root
 from actstore.markers import PLAN_KEY, SEAL_KEY, key_in, missing_blocks
-from actstore.schema import Plan, RootAttributes, parse_json
+from actstore.schema import Plan, RootAttributes
+from actstore.untrusted import parse_json
 
 
 def create_plan(root: Root, plan: Plan) -> None:

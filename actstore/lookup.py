@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, Int64, Shaped, UInt32
 
+from actstore.documents import StoredDocuments
 from actstore.errors import InputError, UnfinishedStoreError, UnknownNameError
 from actstore.kvstore import Root
 from actstore.layout import whole_number
@@ -14,7 +15,6 @@ from actstore.ledger import read_asset, read_status
 from actstore.markers import committed_ranges
 from actstore.reader import read_column
 from actstore.schema import Plan
-from actstore.table import StoredDocuments
 
 
 @dataclasses.dataclass(frozen=True)

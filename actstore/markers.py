@@ -11,11 +11,12 @@ import numpy as np
 import xxhash
 from jaxtyping import Shaped
 
+from actstore.commits import Marker, TableMarker
 from actstore.errors import CorruptStoreError
 from actstore.generations import added_sites
 from actstore.kvstore import Root
 from actstore.layout import norm_name
-from actstore.schema import Marker, Plan, TableMarker
+from actstore.schema import Plan
 
 PLAN_KEY = ".act/plan.json"
 MARKER_FOLDER = ".act/commits/"

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from actstore.documents import StoredDocuments
 from actstore.errors import InputError, StoreNotFoundError, UnknownNameError
 from actstore.kvstore import Root
 from actstore.ledger import lineage, read_asset, read_plan, read_status
 from actstore.reader import FINGERPRINT, ROW, SOURCE
 from actstore.runs import DocumentRuns
 from actstore.schema import Plan
-from actstore.table import StoredDocuments
 
 NO_STORE = (
     "this dataset does not say what store it is of; open one with xr.open_dataset. Of an opened one the coordinate "

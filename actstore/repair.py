@@ -7,8 +7,9 @@ from actstore.kvstore import Root
 from actstore.ledger import lineage, stored_generations
 from actstore.markers import MANIFEST_KEY, MARKER_FOLDER, RANGES_KEY, SEAL_KEY, TABLE_KEY, key_in, marker_key
 from actstore.metadata import group_metadata, table_group
-from actstore.schema import Plan, canonical_json
+from actstore.schema import Plan
 from actstore.sealing import create_nodes, longer, node_objects
+from actstore.untrusted import canonical_json
 from actstore.verify import Finding, Report
 
 

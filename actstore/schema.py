@@ -1,23 +1,21 @@
-"""The JSON documents of a store, as pydantic models: plan, marker, manifest, seal, group attributes.
+"""The JSON documents of a store, as pydantic models: what they have in common, the plan, and group attributes.
+
+What is written when blocks are committed is in `actstore.commits`.
 
 Every document carries `format`, the version of the on-disk format. A document is written once, as canonical JSON, so
 that equal content is equal bytes. Unknown fields are refused: a later version that adds some counts `format` up.
 """
 
-import base64
 import hashlib
 import json
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-import numpy as np
 import pydantic
-from jaxtyping import Int64
 
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError
 from actstore.layout import MAX_COLUMNS, Layout
+from actstore.untrusted import canonical_json, excess_of, leaves, parse_json, printable
 
 FORMAT: Literal[1] = 1
 CONVENTION = {
@@ -25,19 +23,11 @@ CONVENTION = {
     "uuid": "6f1c8a52-7a41-4a55-9c0d-0d2f3a7e5b10",
     "description": "Activation dataset: arrays [layer, sample, hidden] with integer coordinates on sample",
 }
-MAX_DOCUMENT_BYTES = 16 << 20  # Python's objects take about 20 times as much; the manifest is compared, never parsed
-MAX_DEPTH = 32
-MAX_VALUES = 1 << 18  # each takes up to 250 bytes as Python's object: 64 MiB, three times over
 MAX_ASSETS = 256
 MAX_GENERATIONS = 1000  # each costs one small read when the store is opened
-MAX_CHUNK_DIGESTS = 1 << 20  # of one block: 8 MiB of its marker
 
 Document = TypeVar("Document", bound="StoredDocument")
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # one without an end is looked at once, too
-_LONG_NUMBER = re.compile(rb"[0-9]{1000}")  # no number that is meant needs as many digits; reading them is slow
-Digest = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 AssetName = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
-ChunkDigests = Annotated[str, pydantic.StringConstraints(pattern=r"^([0-9a-f]{8})+$")]
 TableColumn = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 Fingerprint = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -90,7 +80,7 @@ class DocumentTableLayout(pydantic.BaseModel):
 
     @pydantic.model_serializer(mode="wrap")
     def _without_first_codec(self, fields: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(fields(self), "codec", empty="crc32c")
+        return without(fields(self), "codec", empty="crc32c")
 
     @pydantic.model_validator(mode="after")
     def _names_fit(self) -> Self:
@@ -171,7 +161,7 @@ class Plan(StoredDocument):
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             raise InputError(f"cannot plan this store: {field} is {first['input']!r}: {first['msg']}") from None
-        excess = _excess(blank.to_json())
+        excess = excess_of(blank.to_json())
         if excess:
             remedy = "flatten it" if "nested" in excess else "keep less in it"
             raise InputError(f"cannot plan this store: provenance {excess}; {remedy}")
@@ -180,7 +170,7 @@ class Plan(StoredDocument):
     @pydantic.model_serializer(mode="wrap")
     def _without_empty_base(self, fields: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A first generation has no field `base`: its bytes are those of stores from before there were others."""
-        return _without(fields(self), "base", empty=None)
+        return without(fields(self), "base", empty=None)
 
     @pydantic.model_validator(mode="after")
     def _base_fits(self) -> Self:
@@ -290,116 +280,6 @@ class Plan(StoredDocument):
         )
 
 
-class Marker(StoredDocument):
-    """Written last for a block: its presence, with the plan's fingerprint, is what makes the block committed.
-
-    `checksums` has, per array, the xxh3-128 of the decoded shard of each layer: rows of this block only, little-endian.
-    `chunks` has, per site, one string for each layer: the CRC-32C of this block's rows of each chunk, eight hexadecimal
-    digits each. A reader compares every chunk it reads with them. Empty in the oldest stores, and where they would be
-    more than `MAX_CHUNK_DIGESTS`.
-    `ranges` has the lowest and the highest value of each column of integers. Empty in older stores.
-
-    A marker says nothing about when or where it was written, so that the same block always has the same marker.
-    """
-
-    kind = "commit marker"
-
-    block: Annotated[int, pydantic.Field(ge=0)]
-    samples: tuple[int, int]
-    fingerprint: Fingerprint
-    checksums: dict[str, tuple[Digest, ...]]
-    chunks: dict[str, tuple[ChunkDigests, ...]] = {}
-    ranges: dict[str, tuple[int, int]] = {}
-
-    @pydantic.model_serializer(mode="wrap")
-    def _as_it_was_read(self, fields: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A marker from before there were chunks or ranges stays without them: the manifest has it as it is."""
-        return {name: value for name, value in fields(self).items() if name in self.model_fields_set}
-
-
-class TableMarker(StoredDocument):
-    """Written after the `documents` group: the xxh3-128 of each of its arrays."""
-
-    kind = "documents marker"
-
-    fingerprint: Fingerprint
-    checksums: dict[str, Digest]
-
-
-class Manifest(StoredDocument):
-    """All markers in one document, written when the store is sealed."""
-
-    kind = "manifest"
-
-    fingerprint: Fingerprint
-    blocks: tuple[Marker, ...]
-
-    @classmethod
-    def pieces(cls, fingerprint: str, markers: Iterable[bytes]) -> Iterator[bytes]:
-        """The bytes of a manifest, made of those of its markers: all of them may be more than fit into memory."""
-        before, after = canonical_json({"blocks": [], "fingerprint": fingerprint, "format": FORMAT}).split(b"[]")
-        yield before + b"["
-        for number, marker in enumerate(markers):
-            yield (b"," if number else b"") + marker
-        yield b"]" + after
-
-
-class Ranges(StoredDocument):
-    """The ranges of all markers, written when the store is sealed: which blocks can hold a value, in one small read.
-
-    Per column, the lowest value of each block, ascending, then the highest of each: int64, little-endian, in base64.
-    """
-
-    kind = "ranges"
-
-    fingerprint: Fingerprint
-    columns: dict[str, Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]]
-
-    @classmethod
-    def of(cls, plan: Plan, ranges: Sequence[Mapping[str, tuple[int, int]]]) -> "Ranges | None":
-        """The ranges of a generation, from those of each marker.
-
-        None where a marker is from before there were any, or they would be too large.
-        """
-        names = plan.layout.integer_columns
-        if not names or not plan.adds_samples or not all(ranges):
-            return None
-        if 24 * len(names) * len(ranges) > MAX_DOCUMENT_BYTES:
-            return None
-        bounds = {name: np.array([each[name] for each in ranges], "<i8").T for name in names}
-        columns = {name: base64.b64encode(values.tobytes()).decode() for name, values in bounds.items()}
-        return cls(format=FORMAT, fingerprint=plan.fingerprint, columns=columns)
-
-    def bounds(self, column: str, *, blocks: int) -> Int64[np.ndarray, "2 block"]:
-        """The lowest and highest values of a column of integers in each of the generation's blocks.
-
-        Raises:
-            CorruptStoreError: they are not there, or of another number of blocks.
-        """
-        data = base64.b64decode(self.columns.get(column, ""))
-        if len(data) != 16 * blocks:
-            raise CorruptStoreError(
-                f"the ranges of column {column!r} have {len(data)} bytes, expected {16 * blocks} for {blocks} blocks; "
-                "run `actstore verify`"
-            )
-        return np.frombuffer(data, "<i8").astype(np.int64, copy=False).reshape(2, blocks)
-
-
-class Seal(StoredDocument):
-    """The last document of a store: it is complete and will not change."""
-
-    kind = "seal"
-
-    fingerprint: Fingerprint
-    manifest_sha256: Fingerprint
-    ranges_sha256: Fingerprint | None = None
-    """Left out where there are no ranges."""
-
-    @pydantic.model_serializer(mode="wrap")
-    def _without_no_ranges(self, fields: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(fields(self), "ranges_sha256", empty=None)
-
-
 class RootAttributes(pydantic.BaseModel):
     """The attribute `actstore` of the root group."""
 
@@ -413,91 +293,12 @@ class RootAttributes(pydantic.BaseModel):
 
     @pydantic.model_serializer(mode="wrap")
     def _without_first(self, fields: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(fields(self), "generation", empty=1)
+        return without(fields(self), "generation", empty=1)
 
 
-def _without(shown: dict[str, Any], field: str, *, empty: object) -> dict[str, Any]:
+def without(shown: dict[str, Any], field: str, *, empty: object) -> dict[str, Any]:
     """The fields of a document without one that says nothing: documents from before it was there had none."""
     return {name: value for name, value in shown.items() if name != field or value != empty}
-
-
-def canonical_json(value: object) -> bytes:
-    """JSON with sorted keys and no spaces, as UTF-8 bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
-
-
-def parse_json(data: bytes, *, where: str) -> Any:
-    """Parses JSON from an untrusted store: bounded in size and depth, no duplicate keys, no NaN.
-
-    Raises:
-        CorruptStoreError: `where` names the document.
-    """
-    excess = _excess(data)
-    if excess:
-        raise CorruptStoreError(f"{where} {excess}; not read")
-    try:
-        return json.loads(
-            data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
-        )
-    except (ValueError, RecursionError) as error:
-        raise CorruptStoreError(
-            f"{where} is not valid JSON ({printable(str(error), most=80)}); restore it from a copy, or write the "
-            "store again"
-        ) from None
-
-
-def _excess(data: bytes) -> str | None:
-    """Which limit a document exceeds, if any. Looked at before any parser recurses or allocates: about 0.2 GB/s."""
-    if len(data) > MAX_DOCUMENT_BYTES:
-        return f"has {len(data):,} bytes, expected at most {MAX_DOCUMENT_BYTES:,}"
-    outside = _STRING.sub(b"", data)
-    if _LONG_NUMBER.search(outside):
-        return "is not valid JSON (Exceeds the limit of 999 digits in a number)"
-    values = sum(map(outside.count, (b"[", b"{", b",")))
-    if values > MAX_VALUES:
-        return f"has {values:,} values, expected at most {MAX_VALUES:,}"
-    bare = np.frombuffer(outside, np.uint8)
-    opened = (bare == ord("[")) | (bare == ord("{"))
-    closed = (bare == ord("]")) | (bare == ord("}"))
-    if np.cumsum(opened.astype(np.int32) - closed.astype(np.int32)).max(initial=0) > MAX_DEPTH:
-        return f"is nested deeper than {MAX_DEPTH} levels"
-    return None
-
-
-def printable(text: str, *, most: int) -> str:
-    """Text out of a hostile document as part of a message: one line, short, nothing that a terminal would obey."""
-    short = text if len(text) <= most else f"{text[: most - 3]}..."
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key appears twice")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return number
-
-
-def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every scalar of nested dictionaries and lists with its dotted name."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        for index, inner in enumerate(value):
-            yield from leaves(inner, f"{prefix}[{index}]")
-    else:
-        yield prefix, value
 
 
 def _short(value: object) -> str:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from actstore.commits import Manifest, Ranges, Seal
 from actstore.errors import CorruptStoreError, InputError, SealedStoreError, UnfinishedStoreError
 from actstore.generations import added_sites, first_layer
 from actstore.kvstore import Root
@@ -34,7 +35,8 @@ from actstore.markers import (
     parsed_marker,
 )
 from actstore.metadata import array_metadata, documents_group, group_metadata, shard_key, table_group, table_groups
-from actstore.schema import FORMAT, Manifest, Plan, Ranges, Seal, canonical_json
+from actstore.schema import FORMAT, Plan
+from actstore.untrusted import canonical_json
 
 
 def create_nodes(root: Root, plan: Plan) -> None:

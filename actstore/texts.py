@@ -9,10 +9,10 @@ from jaxtyping import Shaped
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from actstore.documents import StoredDocuments
 from actstore.kvstore import Root
 from actstore.metadata import table_groups
 from actstore.schema import Plan
-from actstore.table import StoredDocuments
 
 DESCRIPTION = "the documents the rows come from"
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import xxhash
 
+from actstore.commits import Manifest, Marker, Seal, TableMarker
 from actstore.errors import ActstoreError, CorruptStoreError
 from actstore.generations import first_layer
 from actstore.kvstore import Root
@@ -38,8 +39,9 @@ from actstore.markers import (
 )
 from actstore.metadata import array_metadata, documents_group, group_metadata, table_group, table_groups
 from actstore.objects import Objects
-from actstore.schema import MAX_DOCUMENT_BYTES, Manifest, Marker, Plan, Seal, TableMarker, canonical_json
+from actstore.schema import Plan
 from actstore.shards import chunk_digests
+from actstore.untrusted import MAX_DOCUMENT_BYTES, canonical_json
 
 Depth = Literal["fast", "sample", "full"]
 MAX_ASSET_BYTES = 256 << 20

@@ -10,13 +10,14 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
+from actstore.commits import Marker
 from actstore.errors import CorruptStoreError
 from actstore.generations import added_sites, first_layer
 from actstore.kvstore import Root
 from actstore.layout import norm_name
 from actstore.ledger import lineage, read_status
 from actstore.markers import marker_key, parsed_marker, read_marker
-from actstore.schema import Marker, Plan
+from actstore.schema import Plan
 
 KEPT_BYTES = 64 << 20  # of digests: 290 blocks of 4 sites with 24 layers, all of most stores
 DIGITS = 8  # of the CRC-32C of one chunk, in hexadecimal

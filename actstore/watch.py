@@ -9,7 +9,8 @@ from actstore.claims import Claim, Claims
 from actstore.kvstore import Root
 from actstore.ledger import read_plan, read_status
 from actstore.markers import committed_blocks
-from actstore.schema import Plan, printable
+from actstore.schema import Plan
+from actstore.untrusted import printable
 
 RATE_SECONDS = 300.0  # the rate is that of the last five minutes
 LATE_SECONDS, LATE_BLOCKS = 60.0, 4  # of silence, of one block; as in `extract`: others then take it over

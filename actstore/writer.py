@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 from numpy.typing import ArrayLike
 
+from actstore.commits import MAX_CHUNK_DIGESTS, Marker
 from actstore.errors import InputError
 from actstore.gather import Source, gather
 from actstore.generations import added_sites, first_layer
@@ -24,7 +25,7 @@ from actstore.ledger import create_plan, lineage, write_assets
 from actstore.markers import checksum, missing_blocks, vouched_arrays, write_marker
 from actstore.metadata import array_metadata, label_chunks, shard_key
 from actstore.moments import as_stored, to_float32
-from actstore.schema import FORMAT, MAX_CHUNK_DIGESTS, Marker, Plan
+from actstore.schema import FORMAT, Plan
 from actstore.sealing import create_nodes, seal, take_back_longer
 from actstore.shards import RowSums, encode, with_checksum
 from actstore.vouchers import Vouchers

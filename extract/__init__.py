@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from extract.models.generate import Generated, generate
     from extract.models.sampling import Sampling
     from extract.named import model_folder, tokenizer_folder
-    from extract.plan import ExtractPlan, make_plan
+    from extract.plan import ExtractPlan
+    from extract.planning import make_plan
     from extract.positions import extract_specific_layer_positions
     from extract.sources import Documents, open_documents
 
@@ -43,7 +44,7 @@ _WHERE = {
     "generate_with_layer_activations": "extract.hooked",
     "load_chat_template": "extract.chat",
     "load_model": "extract.loaded",
-    "make_plan": "extract.plan",
+    "make_plan": "extract.planning",
     "model_folder": "extract.named",
     "open_documents": "extract.sources",
     "plan_completions": "extract.completions",

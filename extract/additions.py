@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import UInt64
 
+from actstore.documents import IDS_AT_ONCE, StoredDocuments, refuse_known_ids, stored_tokens
 from actstore.errors import InputError
 from actstore.generations import added_sites, extend
 from actstore.kvstore import Root
@@ -15,14 +16,14 @@ from actstore.layout import Layout, Site
 from actstore.ledger import appended_plan, lineage, read_plan
 from actstore.schema import Plan
 from actstore.strings import Strings
-from actstore.table import IDS_AT_ONCE, StoredDocuments, refuse_known_ids, stored_tokens
 from extract import tokens
 from extract.alike import COMPLETION
 from extract.arrangement import Arrangement, Part
 from extract.documents import Document
 from extract.loaded import check_batch, loaded_for
 from extract.models.sites import LAYERLESS_SITES, Tap, site_widths
-from extract.plan import ExtractPlan, check_tokenizer, check_tokens, checked_taps, provenance_of, sites_of, stream_of
+from extract.plan import ExtractPlan
+from extract.planning import check_tokenizer, check_tokens, checked_taps, provenance_of, sites_of, stream_of
 from extract.selection import Stream
 from extract.tokenising import Progress, tokenise
 

@@ -270,7 +270,7 @@ def _plan(model: str, options: dict[str, Any]) -> "ExtractPlan":
     Raises:
         InputError: anything in them that would fail later.
     """
-    from extract.plan import make_plan
+    from extract.planning import make_plan
 
     texts, where, how = (chosen(function, options) for function in (documents_of, places, reading))
     folder = folder_of(model)

@@ -21,7 +21,7 @@ from extract.models.checkpoint import read_json
 from extract.models.errors import ModelError
 from extract.models.kinds import is_whole, shown
 from extract.models.sampling import Sampling
-from extract.plan import check_tokenizer, check_tokens, provenance_of
+from extract.planning import check_tokenizer, check_tokens, provenance_of
 from extract.tokenising import Progress, digest, tokenise
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from typing import Self
 import numpy as np
 from jaxtyping import Shaped
 
+from actstore.commits import Marker
 from actstore.errors import StoppedError
 from actstore.generations import added_sites
 from actstore.kvstore import Root
 from actstore.markers import has_table
 from actstore.moments import as_stored
-from actstore.schema import Marker
 from actstore.sealing import is_sealed
 from actstore.table import write_table
 from actstore.writer import BLOCKS_IN_FLIGHT, Writer

@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 
 from actstore.errors import InputError, StoppedError, WorkerLostError
 from actstore.logs import say_last
-from actstore.schema import printable
+from actstore.untrusted import printable
 
 if TYPE_CHECKING:
     import jax

@@ -8,7 +8,7 @@ from typing import Any
 from actstore.durable import write_durably
 from actstore.errors import InputError, PlanMismatchError
 from actstore.kvstore import storage_errors
-from actstore.schema import leaves
+from actstore.untrusted import leaves
 
 
 def settle(path: Path, settings: Mapping[str, Any], *, of: Path) -> None:

@@ -25,7 +25,7 @@ CONTEXT.set_forkserver_preload(
         "actstore.cli",
         "extract.cli",
         "extract.loop",
-        "extract.plan",
+        "extract.planning",
     ]
 )
 

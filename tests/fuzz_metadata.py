@@ -14,21 +14,13 @@ import google_crc32c
 import numpy as np
 
 from actstore import Layout, Plan, Site
+from actstore.commits import Manifest, Marker, Ranges, Seal, TableMarker
 from actstore.errors import CorruptStoreError, InputError
 from actstore.kvstore import Root
 from actstore.metadata import array_metadata
 from actstore.objects import Objects
-from actstore.schema import (
-    DocumentTableLayout,
-    Manifest,
-    Marker,
-    Ranges,
-    RootAttributes,
-    Seal,
-    TableMarker,
-    canonical_json,
-    parse_json,
-)
+from actstore.schema import DocumentTableLayout, RootAttributes
+from actstore.untrusted import canonical_json, parse_json
 
 LAYOUT = Layout((Site("a", 4, (1, 3)), Site("b", 8, None, "float16")), 12, 8, 4)
 PLAN = Plan.make(

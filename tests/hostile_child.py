@@ -31,6 +31,7 @@ import actstore.objects
 import actstore.reader
 import actstore.repair
 import actstore.schema
+import actstore.store
 import actstore.verify
 
 CONTENTS = make_contents()
@@ -127,7 +128,7 @@ def peak_bytes() -> int:
 def steps(url: Path) -> dict[str, Callable[[], Any]]:
     """Everything a user would try, those that write last."""
 
-    def opened() -> actstore.api.Store:
+    def opened() -> actstore.store.Store:
         return actstore.api.open(url, partial=True)
 
     def verified(depth: Any) -> list[str]:
@@ -170,7 +171,7 @@ def steps(url: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
-def card_of(store: actstore.api.Store) -> list[str]:
+def card_of(store: actstore.store.Store) -> list[str]:
     """The lines of the card, and whether it is too long for a notebook."""
     lines = actstore.card.text(actstore.kvstore.Root.of(store.url), store.plan).splitlines()
     return lines + ["WRONG VALUES: more than 128 KiB of HTML"] * (len(store._repr_html_()) > 1 << 17)
@@ -211,7 +212,7 @@ def rows_of(dataset: xr.Dataset) -> list[str]:
     return wrong
 
 
-def batch_of(store: actstore.api.Store, number: int) -> list[str]:
+def batch_of(store: actstore.store.Store, number: int) -> list[str]:
     """One batch of the first layer of a site, compared row by row."""
     if number >= len(store.sites):
         return []
@@ -227,7 +228,7 @@ def batch_of(store: actstore.api.Store, number: int) -> list[str]:
     return [f"WRONG VALUES in a batch of {site}"] * wrong
 
 
-def columns_of(store: actstore.api.Store) -> list[str]:
+def columns_of(store: actstore.store.Store) -> list[str]:
     wrong = []
     for span in ends(store.samples):
         for column in store.plan.layout.columns:
@@ -236,14 +237,14 @@ def columns_of(store: actstore.api.Store) -> list[str]:
     return wrong
 
 
-def texts_of(store: actstore.api.Store) -> list[str]:
+def texts_of(store: actstore.store.Store) -> list[str]:
     wrong = []
     for span in ends(store.samples):
         wrong += [str(len(shown.token)) for shown in store.text(range(span.start, span.stop)) if len(shown.token) > 99]
     return wrong
 
 
-def documents_of(store: actstore.api.Store) -> list[str]:
+def documents_of(store: actstore.store.Store) -> list[str]:
     """Every column of the first and last document."""
     documents, table, wrong = store.documents, CONTENTS.documents, []
     wanted = np.array([0, len(documents) - 1])

@@ -29,13 +29,14 @@ import greenlet
 
 from actstore import claims
 from actstore.claims import CLAIM_FOLDER
+from actstore.commits import Marker
 from actstore.kvstore import Limits, Root
 from actstore.kvstore.addresses import Address
 from actstore.kvstore.remote import RemotePlace
 from actstore.layout import BLOCKS_IN_MEMORY, Layout, Site
 from actstore.ledger import create_plan
 from actstore.markers import MARKER_FOLDER, vouched_arrays, write_marker
-from actstore.schema import FORMAT, Marker, Plan
+from actstore.schema import FORMAT, Plan
 from actstore.sealing import create_nodes, is_sealed
 from extract import dealing
 from extract.dealing import Dealer

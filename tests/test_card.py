@@ -17,11 +17,12 @@ from stores import LAYOUT, make_contents
 
 import actstore
 from actstore import Layout, Site, card
+from actstore.commits import Marker
 from actstore.errors import CorruptStoreError
 from actstore.kvstore import Root
 from actstore.markers import checksum, committed_ranges
 from actstore.metadata import array_metadata
-from actstore.schema import Marker, Plan
+from actstore.schema import Plan
 
 SITE_LINES = [
     "resid_post [2, 5, 11] x 6 bfloat16",

@@ -14,8 +14,8 @@ import pydantic
 import pytest
 
 import actstore
+from actstore import commits, metadata, schema, table, untrusted
 from actstore import layout as layouts
-from actstore import metadata, schema, table
 from actstore.layout import ITEM_BYTES, Column, Layout, Site
 from actstore.metadata import array_metadata, group_metadata
 from actstore.schema import DocumentTableLayout, Plan
@@ -24,16 +24,16 @@ DOCS = Path(__file__).parent.parent / "docs" / "reference"
 TEXT = (DOCS / "format.md").read_text(encoding="utf-8")
 SCHEMAS: dict[str, type[pydantic.BaseModel]] = {
     "plan": schema.Plan,
-    "marker": schema.Marker,
-    "documents-marker": schema.TableMarker,
-    "manifest": schema.Manifest,
-    "ranges": schema.Ranges,
-    "seal": schema.Seal,
+    "marker": commits.Marker,
+    "documents-marker": commits.TableMarker,
+    "manifest": commits.Manifest,
+    "ranges": commits.Ranges,
+    "seal": commits.Seal,
     "root-attributes": schema.RootAttributes,
 }
 DOCUMENTED = [
-    schema.Plan, schema.Base, layouts.Layout, layouts.Site, layouts.Column, schema.DocumentTableLayout, schema.Marker,
-    schema.TableMarker, schema.Manifest, schema.Ranges, schema.Seal, schema.RootAttributes,
+    schema.Plan, schema.Base, layouts.Layout, layouts.Site, layouts.Column, schema.DocumentTableLayout, commits.Marker,
+    commits.TableMarker, commits.Manifest, commits.Ranges, commits.Seal, schema.RootAttributes,
 ]  # fmt: skip
 ALL_SITES = (
     Site("resid_post", 8, (3, 1)),
@@ -113,14 +113,13 @@ def test_fields_are_those_of_the_code(model):
 )
 def test_meta_another_field_would_be_found(wrong, right):
     assert wrong in TEXT
-    assert documented_fields(TEXT.replace(wrong, right), "Marker") != actual_fields(schema.Marker)
+    assert documented_fields(TEXT.replace(wrong, right), "Marker") != actual_fields(commits.Marker)
 
 
 def test_limits_are_those_of_the_code():
     limits = {ticked(name): int(value) for name, value in rows_of(TEXT, "limit")}
-    here = {
-        name: value for module in (schema, layouts) for name, value in vars(module).items() if name.startswith("MAX_")
-    }
+    modules = (schema, commits, untrusted, layouts)
+    here = {name: value for module in modules for name, value in vars(module).items() if name.startswith("MAX_")}
     assert limits == here
     assert f"at most 4 MiB ({metadata.TABLE_CHUNK_BYTES} bytes)" in TEXT
     assert f"at most 64 KiB ({metadata.TABLE_PIECE_BYTES} bytes)" in TEXT
@@ -387,7 +386,7 @@ def test_schemas_are_those_of_the_code(name):
 
 
 def test_meta_a_changed_model_would_be_found():
-    class Seal(schema.Seal):
+    class Seal(commits.Seal):
         host: str
 
     assert json_schema(Seal) != (DOCS / "schema" / "seal.json").read_text(encoding="utf-8")

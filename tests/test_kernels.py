@@ -25,7 +25,7 @@ from extract.models import ModelError, Tap
 from extract.models.attention import AttentionRule, attend
 from extract.models.families import family_of
 from extract.models.kernels import KERNELS, attend_cudnn, attend_splash, check_kernel, default_kernel, kernel_of
-from extract.plan import make_plan
+from extract.planning import make_plan
 from extract.sources import open_documents
 
 TINY = Path(extract.__path__[0]) / "demo" / "tiny-qwen2"

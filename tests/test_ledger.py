@@ -11,6 +11,7 @@ from stores import make_contents, raw_tensorstore, tree
 
 import actstore
 from actstore import Layout, Plan, Site
+from actstore.commits import Manifest, Marker, Seal
 from actstore.errors import (
     CorruptStoreError,
     InputError,
@@ -24,8 +25,8 @@ from actstore.kvstore import Root
 from actstore.ledger import create_plan, read_plan, read_status, write_assets
 from actstore.markers import committed_blocks, marker_key, missing_blocks, read_marker, vouched_arrays, write_marker
 from actstore.metadata import shard_key
-from actstore.schema import Manifest, Marker, Seal, canonical_json
 from actstore.sealing import create_nodes, seal
+from actstore.untrusted import canonical_json
 
 SMALL = make_contents(Layout((Site("resid_post", 3, (0, 4)),), 11, 4, 2), documents=False)
 

@@ -15,7 +15,7 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 
 from actstore import Column, DocumentTable, Layout, Plan, Site
 from actstore.metadata import array_metadata, group_metadata, table_metadata
-from actstore.schema import canonical_json
+from actstore.untrusted import canonical_json
 
 PLANS = {
     "several sites, documents": make_contents().plan,

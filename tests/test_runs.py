@@ -15,12 +15,12 @@ from stores import Contents
 
 import actstore
 from actstore import Column, Layout, Site, runs
+from actstore.commits import Marker, Ranges, Seal
 from actstore.kvstore import Root
 from actstore.ledger import read_plan
 from actstore.markers import RANGES_KEY, SEAL_KEY, checksum, marker_key
 from actstore.metadata import array_metadata
 from actstore.runs import DocumentRuns
-from actstore.schema import Marker, Ranges, Seal
 
 DOCUMENTS = {
     "one": [0] * 9,

@@ -9,18 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actstore import Column, Layout, Plan, Site
+from actstore.commits import Manifest, Marker, Seal, TableMarker
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError
-from actstore.schema import (
-    MAX_DEPTH,
-    DocumentTableLayout,
-    Manifest,
-    Marker,
-    RootAttributes,
-    Seal,
-    TableMarker,
-    canonical_json,
-    parse_json,
-)
+from actstore.schema import DocumentTableLayout, RootAttributes
+from actstore.untrusted import MAX_DEPTH, canonical_json, parse_json
 
 LAYOUT = Layout((Site("a", 4, (1, 3)), Site("b", 8, None, "float16")), 100, 32, 8)
 PROVENANCE = {"model": {"name": "tiny", "sha": "ff"}, "list": [1, 2.5, None, True, {"deep": "é"}]}
@@ -232,7 +224,7 @@ def test_the_depth_limit_is_exact(levels):
 
 
 def test_a_large_document_is_not_read(monkeypatch):
-    monkeypatch.setattr("actstore.schema.MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr("actstore.untrusted.MAX_DOCUMENT_BYTES", 1000)
     with pytest.raises(CorruptStoreError, match="x has 1,001 bytes, expected at most 1,000; not read"):
         parse_json(b" " * 1001, where="x")
 

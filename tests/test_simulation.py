@@ -37,6 +37,7 @@ from simulation import (
 from stores import Contents, make_contents, make_documents, tree
 
 from actstore import Column, Layout, Site, Writer, api, ledger, markers, sealing, table, writer
+from actstore import store as store_module
 from actstore.errors import CorruptStoreError
 from actstore.kvstore import Root
 from actstore.ledger import read_plan
@@ -345,7 +346,7 @@ def mutant(changes: list[tuple[Any, str, list[tuple[str, str]]]]) -> Iterator[No
     with ExitStack() as stack:
         for place, name, texts in changes:
             patch = stack.enter_context(mutated(place, name, *texts))
-            for module in (ledger, markers, sealing, writer, table, api):
+            for module in (ledger, markers, sealing, writer, table, api, store_module):
                 if not isinstance(place, type) and hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, patch))
         yield

@@ -18,7 +18,7 @@ from watched import WATCH
 from actstore.errors import InputError, PlanMismatchError
 from extract.documents import Document
 from extract.named import model_folder
-from extract.plan import make_plan
+from extract.planning import make_plan
 from extract.sources import Documents, open_documents
 from extract.tokenising import digest, tokenise
 from extract.tokens import load_tokenizer

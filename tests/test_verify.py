@@ -16,7 +16,7 @@ from actstore.errors import InputError
 from actstore.kvstore import Root
 from actstore.ledger import read_plan
 from actstore.repair import repair
-from actstore.schema import canonical_json
+from actstore.untrusted import canonical_json
 from actstore.verify import Depth, Report, verify
 
 Damage = Callable[[Path], None]

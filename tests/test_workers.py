@@ -23,7 +23,7 @@ from actstore.claims import CLAIM_FOLDER, Claims
 from actstore.kvstore import Root
 from actstore.ledger import read_plan
 from actstore.markers import marker_key
-from actstore.schema import canonical_json
+from actstore.untrusted import canonical_json
 from extract.dealing import Dealer
 from extract.division import rest, share
 from extract.ranks import Rank

@@ -34,8 +34,9 @@ from simulation import Crash, Executor
 from stores import Contents, make_contents, tree
 
 import actstore
-from actstore import Column, Layout, Site, Writer, api, markers, sealing
+from actstore import Column, Layout, Site, Writer, markers, sealing
 from actstore import repair as repair_module
+from actstore import store as store_module
 from actstore import verify as verify_module
 from actstore import writer as writer_module
 from actstore.durable import LOCK_SUFFIX
@@ -466,7 +467,7 @@ def unchecked_dataset(*arguments: Any, **settings: Any) -> Any:
 
 REAL: dict[str, Callable[..., Any]] = {
     "_commit": Writer._commit, "write_pieces": Root.write_pieces, "_start": Writer._start, "delete": Root.delete,
-    "open_dataset": api.open_dataset, "checksum": markers.checksum,
+    "open_dataset": store_module.open_dataset, "checksum": markers.checksum,
 }  # fmt: skip
 MARKERS: dict[int, bytes] = {}
 Steps = Callable[[WriterMachine], None]
@@ -517,7 +518,9 @@ MUTANTS: dict[str, tuple[Any, str, Any, Steps, str]] = {
     "verify compares nothing": (
         verify_module, "_check_shard", lambda *_, **__: (None, 0), repairs_a_late_write, "verify names other blocks",
     ),
-    "reading compares nothing": (api, "open_dataset", unchecked_dataset, reads_a_late_write, "read as other values"),
+    "reading compares nothing": (
+        store_module, "open_dataset", unchecked_dataset, reads_a_late_write, "read as other values",
+    ),
     "seal counts nothing": (sealing, "missing_blocks", lambda *_: [], seals_too_early, "what nobody damaged"),
     "seal checks nothing": (
         writer_module, "seal", lambda root, plan: root.write("zarr.json", MARKERS[-1]), seals_too_early,

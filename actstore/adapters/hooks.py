@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Self, TypeAlias
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from actstore.api import Store
 from actstore.errors import InputError
+from actstore.store import Store
 
 Places: TypeAlias = Mapping[str, tuple[str, int | None]]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from actstore.adapters.hooks import Hooks
-from actstore.api import Store
 from actstore.batches import Batches
 from actstore.errors import InputError
 from actstore.filters import Filter
 from actstore.scaling import scale_of
+from actstore.store import Store
 
 STATE_FILE = "actstore_batches.json"
 

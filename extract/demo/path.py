@@ -21,7 +21,7 @@ from extract.demo.plot import plot_loss
 from extract.demo.sae import TrainedSAE, train_sae
 from extract.demo.smollm2 import ModelFetchError
 from extract.documents import Document
-from extract.plan import make_plan
+from extract.planning import make_plan
 from extract.ranks import Rank
 from extract.sources import open_documents
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from extract.demo.path import choose_documents
 from extract.loop import Progress, run
 from extract.named import model_folder
-from extract.plan import ExtractPlan, make_plan
+from extract.plan import ExtractPlan
+from extract.planning import make_plan
 from extract.sources import open_documents
 from extract.steps import forward_steps
 from tests.benchmarks.timing import remove

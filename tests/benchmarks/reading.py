@@ -13,7 +13,7 @@ from actstore.strings import Strings
 from actstore.table import DocumentTable
 from extract.arrangement import Arrangement
 from extract.named import model_folder
-from extract.plan import stream_of
+from extract.planning import stream_of
 from extract.selection import Selection
 from extract.sources import open_documents
 from extract.tokenising import digest, tokenise

@@ -10,12 +10,13 @@ import numpy as np
 
 import actstore
 from actstore import Layout, Plan, Site
+from actstore.commits import Marker
 from actstore.kvstore import Root
 from actstore.ledger import create_plan, write_assets
 from actstore.markers import missing_blocks
 from actstore.metadata import array_metadata, group_metadata
-from actstore.schema import Marker, canonical_json
 from actstore.sealing import create_nodes
+from actstore.untrusted import canonical_json
 
 SITE = Site("resid_post", 896, (6, 12))
 SIZES = {"tiny": 10, "10^10 samples": 10**10}

@@ -86,7 +86,7 @@ def _work(what: str, place: Path, model: str, rank: int, cores: list[int]) -> di
     from extract.division import share
     from extract.loop import run
     from extract.named import model_folder
-    from extract.plan import make_plan
+    from extract.planning import make_plan
     from extract.ranks import Rank
     from extract.sources import open_documents
     from extract.steps import forward_steps
