@@ -7,7 +7,6 @@ unfinished, and the same call continues it. What is there already counts as copi
 for it, and only there.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -18,29 +17,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import xxhash
-from crc32c import crc32c
-from jaxtyping import Shaped, UInt8
 
 from actstore.commits import Seal, TableMarker
+from actstore.compared import check_object, check_own, decoded_values, is_compressed, item_bytes, span_of
 from actstore.errors import CorruptStoreError, InputError, PlanMismatchError
-from actstore.gather import BLOCKS_TOGETHER, Source, compare, gather
+from actstore.gather import BLOCKS_TOGETHER, Source
 from actstore.kvstore import Root
 from actstore.ledger import create_plan, find_plan, lineage, read_asset, stored_generations
 from actstore.markers import MANIFEST_KEY, PLAN_KEY, RANGES_KEY, SEAL_KEY, TABLE_KEY, key_in, marker_key
 from actstore.metadata import array_metadata, shard_key, table_group
-from actstore.objects import Objects
 from actstore.reader import check_complete
 from actstore.schema import Plan
 from actstore.sealing import node_objects, write_manifest
-from actstore.shards import CHECKSUM_BYTES, packed_index
+from actstore.shards import CHECKSUM_BYTES
 from actstore.verify import MAX_ASSET_BYTES
 from actstore.vouchers import Vouchers
 
 AT_ONCE = 16  # objects
 MEMORY_BYTES = 1 << 30  # of shards that are being copied; each is held up to three times
-PIECE_SAMPLES = 1 << 14  # of a compressed shard, decoded at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +153,7 @@ class _Copy:
                 name = self._plan.layout.layer_dimension(site)
                 for cell in _cells(self._arrays[name]):
                     data = self._object(f"{name}/c/{cell}")
-                    _own_checksum(data, f"{name} of {self._source.url}")
+                    check_own(data, f"{name} of {self._source.url}")
                     self._target.write(f"{name}/c/{cell}", data)
         for name in self._plans[0].assets:
             self._target.write(f"assets/{name}", read_asset(self._source, self._plans[0], name))
@@ -194,12 +189,12 @@ class _Copy:
         found, metadata = xxhash.xxh3_128(), self._arrays[name]
         for key in keys:
             data = self._object(key)
-            if _compressed(metadata):
-                found.update(_values(name, metadata, key, data, where=f"{key} of {self._source.url}"))
+            if is_compressed(metadata):
+                found.update(decoded_values(name, metadata, key, data, where=f"{key} of {self._source.url}"))
             else:
-                _own_checksum(data, f"{key} of {self._source.url}")
-                span = _span(metadata, key)
-                found.update(data[: (span.stop - span.start) * _itemsize(metadata)])
+                check_own(data, f"{key} of {self._source.url}")
+                span = span_of(metadata, key)
+                found.update(data[: (span.stop - span.start) * item_bytes(metadata)])
             self._target.write(key, data)
             self._count(1, size=len(data))
         if found.hexdigest() != digest:
@@ -278,46 +273,12 @@ class _Copy:
         source = Source.open(self._source, self._plan, name, vouchers=self._vouchers)
         try:
             data = self._object(key)
-            self._check(source, data, layer, block)
+            check_object(source, self._vouchers, self._arrays[name], data, layer=layer, block=block)
         except CorruptStoreError:
             data = self._object(key)
-            self._check(source, data, layer, block)
+            check_object(source, self._vouchers, self._arrays[name], data, layer=layer, block=block)
         self._target.write(key, data)
         self._count(1, size=len(data))
-
-    def _check(self, source: Source, data: bytes, layer: int, block: int) -> None:
-        """Compares an object with what its block's markers say.
-
-        Raises:
-            CorruptStoreError: it differs.
-        """
-        layout = self._plan.layout
-        start, stop = layout.block_range(block)
-        if _compressed(self._arrays[source.name]):
-            _decode(source, self._arrays[source.name], data, layer, start, stop)
-            return
-        where = source.shard(layer, start)
-        chunk = source.chunk_samples * source.sample_bytes
-        checksum = 0 if source.is_site and layout.codec == "none" else CHECKSUM_BYTES
-        whole: UInt8[np.ndarray, " byte"] = np.frombuffer(data, np.uint8)
-        count = layout.block_samples // source.chunk_samples
-        if len(whole) < count * (chunk + checksum):
-            raise CorruptStoreError(f"{where} has {len(whole):,} bytes, too few for its rows; run `actstore verify`")
-        for number in range(count):
-            first = start + number * source.chunk_samples
-            part = whole[number * (chunk + checksum) : (number + 1) * (chunk + checksum)]
-            if checksum:
-                _own_checksum(part.data, where)
-            if first < stop and source.name != "valid":
-                rows: Shaped[np.ndarray, "_"] = part[:chunk].view(source.array.dtype.numpy_dtype)
-                rows = rows.reshape(source.chunk_samples, *source.array.shape[-1:] * source.is_site)
-                compare(source, self._vouchers, layer, first, rows[: stop - first])
-        if not source.is_site:
-            return
-        length = chunk + checksum
-        index = packed_index([number for place in range(count) for number in (place * length, length)])
-        if whole[count * length :].tobytes() != index:
-            raise CorruptStoreError(f"{where} has an index that is not that of its chunks; run `actstore verify`")
 
     def _object(self, key: str) -> bytes:
         """An object of the source. One request where it is not local.
@@ -328,9 +289,9 @@ class _Copy:
         name = key.rpartition("/c/")[0]
         metadata = self._arrays[name]
         shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-        size = math.prod(shape) * _itemsize(metadata)
+        size = math.prod(shape) * item_bytes(metadata)
         sharded = metadata["codecs"][0]["name"] == "sharding_indexed"
-        if _compressed(metadata):
+        if is_compressed(metadata):
             return self._required(key, most_bytes=2 * size + (1 << 20))
         chunks = math.prod(shape) // math.prod(metadata["codecs"][0]["configuration"]["chunk_shape"]) if sharded else 1
         own = CHECKSUM_BYTES * (chunks if self._plan.layout.codec == "crc32c" or not sharded else 0)
@@ -381,74 +342,9 @@ class _Copy:
                 self._progress(self._done, self._all, f"{rate / 1e6:,.1f} MB/s")
 
 
-def _decode(source: Source, metadata: dict[str, Any], data: bytes, layer: int, start: int, stop: int) -> None:
-    """Decodes a compressed shard out of memory, some chunks at a time, and compares them."""
-    name, layout = source.name, source.layout
-    site = layout.site(name)
-    step = max(PIECE_SAMPLES // layout.chunk_samples, 1) * layout.chunk_samples
-    with _in_memory(name, metadata, shard_key(site, layer, start // layout.block_samples), data) as objects:
-        held = dataclasses.replace(source, objects=objects)
-        for first in range(start, stop, step):
-            samples = range(first, min(first + step, stop))
-            gather(held, [layer], samples, np.empty((1, len(samples), site.width), site.dtype))
-
-
-def _values(name: str, metadata: dict[str, Any], key: str, data: bytes, *, where: str) -> memoryview:
-    """The values of a compressed object of documents, decoded out of memory.
-
-    Raises:
-        CorruptStoreError: it is damaged.
-    """
-    try:
-        with _in_memory(name, metadata, key, data) as objects:
-            values = objects.begin(f"decode {key}", _span(metadata, key)).result()
-    except CorruptStoreError:
-        raise CorruptStoreError(f"{where} is damaged: its values cannot be decoded; run `actstore verify`") from None
-    return np.ascontiguousarray(values).view(np.uint8).data
-
-
-@contextlib.contextmanager
-def _in_memory(name: str, metadata: dict[str, Any], key: str, data: bytes) -> Iterator[Objects]:
-    """An array of which one object is there, in memory, for as long as it is decoded."""
-    memory = Root.of(f"memory://copies/{id(data)}.acts.zarr")  # no other object has this number while it is there
-    memory.write(key, data)
-    try:
-        yield Objects.of(memory, name, metadata)
-    finally:
-        memory.delete(key)
-
-
-def _span(metadata: dict[str, Any], key: str) -> slice:
-    """The values of a flat array that one of its objects holds."""
-    (size,), (chunk,) = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    first = int(key.rpartition("/")[2]) * chunk
-    return slice(first, min(first + chunk, size))
-
-
-def _compressed(metadata: dict[str, Any]) -> bool:
-    """Whether the bytes of an array's objects are not those of its values."""
-    inner = metadata["codecs"][0].get("configuration", {}).get("codecs", [])
-    return any(codec["name"] == "zstd" for codec in inner)
-
-
-def _own_checksum(data: Any, where: str) -> None:
-    """Compares bytes with the CRC-32C that follows them.
-
-    Raises:
-        CorruptStoreError: they differ.
-    """
-    view = memoryview(data)
-    if crc32c(view[:-CHECKSUM_BYTES]) != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
-        raise CorruptStoreError(f"{where} differs from its own checksum; run `actstore verify`")
-
-
 def _cells(metadata: dict[str, Any]) -> list[str]:
     """The cells of an array's grid, as in its keys."""
     shape, chunk = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
     return ["/".join(map(str, cell)) for cell in itertools.product(
         *(range(math.ceil(size / step)) for size, step in zip(shape, chunk, strict=True))
     )]  # fmt: skip
-
-
-def _itemsize(metadata: dict[str, Any]) -> int:
-    return 2 if metadata["data_type"] == "bfloat16" else int(np.dtype(metadata["data_type"]).itemsize)
