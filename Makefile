@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE  # with it, hundreds of processes of the tests 
 help:
 	@echo "make demo          text -> activations -> store -> trained SAE, on a real model"
 	@echo "make test          every check, those of many cases with a part of them: 17 minutes on two cores"
-	@echo "make test-long     all other cases: every kill point, schedule, damage, hostile store: longer"
+	@echo "make test-long     all other cases: every kill point, schedule, damage, hostile store: 35 minutes"
 	@echo "make lint          format, lint, types, import rules"
 	@echo "make docs          the documentation, into docs/_build/html"
 	@echo "make bench         benchmarks beside peers, one JSON line last: 4 GB of disk, and 3 GB of peers at first"
