@@ -34,7 +34,7 @@ _WHERE = {
     "NormStatistics": "norms",
     "Plan": "schema",
     "Site": "layout",
-    "Store": "api",
+    "Store": "store",
     "TokenInContext": "lookup",
     "TokenRows": "marked",
     "Writer": "writer",

@@ -27,7 +27,7 @@ def check_object(
 
     Args:
         source: The array.
-        vouchers: What the markers of the block say.
+        vouchers: What the markers say; those of `source` are not asked.
         metadata: Of the array.
         data: All bytes of the object.
         layer: Place on the axis of layers.
@@ -39,7 +39,7 @@ def check_object(
     layout = source.layout
     start, stop = layout.block_range(block)
     if is_compressed(metadata):
-        _decode(source, metadata, data, layer, start, stop)
+        _decode(dataclasses.replace(source, vouchers=vouchers), metadata, data, layer, start, stop)
         return
     where = source.shard(layer, start)
     chunk = source.chunk_samples * source.sample_bytes

@@ -270,7 +270,7 @@ class _Copy:
         if committed and key in self._there:
             self._count(1, before=True)
             return
-        source = Source.open(self._source, self._plan, name, vouchers=self._vouchers)
+        source = Source.open(self._source, self._plan, name, vouchers=None)
         try:
             data = self._object(key)
             check_object(source, self._vouchers, self._arrays[name], data, layer=layer, block=block)

@@ -1,4 +1,4 @@
-"""JSON out of a store that may be damaged or hostile, bounded before it is parsed; and the canonical form of ours."""
+"""JSON: bounded before it is parsed where it comes out of a store that may be hostile; canonical where we write it."""
 
 import json
 import math
@@ -67,6 +67,18 @@ def printable(text: str, *, most: int) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)
 
 
+def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every scalar of nested dictionaries and lists with its dotted name."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, inner in enumerate(value):
+            yield from leaves(inner, f"{prefix}[{index}]")
+    else:
+        yield prefix, value
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -83,15 +95,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text[:20]} is not a finite number")
     return number
-
-
-def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every scalar of nested dictionaries and lists with its dotted name."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        for index, inner in enumerate(value):
-            yield from leaves(inner, f"{prefix}[{index}]")
-    else:
-        yield prefix, value

@@ -164,7 +164,7 @@ class _Run:
         self._stages, self._started = Stages(), time.perf_counter()
         sites = added_sites(plan.store)
         self._sample_bytes = sum(site.sample_bytes for site in sites)
-        self._commits: list[Future[Marker]] = []  # of blocks that are being written
+        self._buffers = [_Buffer(plan) for _ in range(min(BLOCKS_IN_FLIGHT + 1, len(plan.store.blocks)))]
         self._in_hand: dict[int, int] = {}  # samples that were computed, by block, until that is committed
         self._counted = -1  # first sample of the pass whose tokens were counted last: two blocks may share it
         self._state = Progress(
@@ -175,7 +175,7 @@ class _Run:
     def compute(self) -> Progress:
         """Computes what the dealer deals. One buffer is filled while others are written."""
         plan, group = self._plan, self._group
-        buffers = itertools.cycle([_Buffer(plan) for _ in range(min(BLOCKS_IN_FLIGHT + 1, len(plan.store.blocks)))])
+        buffers = itertools.cycle(self._buffers)
         buffer = None
         blocks = agreed_blocks(self._dealer, group)
         with contextlib.closing(
@@ -219,19 +219,20 @@ class _Run:
             lambda done: dealer.release(block, committed=not done.cancelled() and done.exception() is None)
         )
         buffer.commit = commit
-        self._commits.append(commit)
         start, stop = self._plan.store.block_range(block)
         self._add(blocks_computed=1, bytes_written=(stop - start) * self._sample_bytes)
 
     def _wait_for_storage(self, ready: Callable[[], bool]) -> None:
         """Waits for blocks that are being written, and says meanwhile that this worker lives."""
-        while True:
-            self._commits = [commit for commit in self._commits if not commit.done()]
-            if ready():
-                return
+        while not ready():
             with self._stages.on("storage"):
                 wait(self._commits, timeout=STORAGE_SECONDS, return_when=FIRST_COMPLETED)
             self._show()
+
+    @property
+    def _commits(self) -> list[Future[Marker]]:
+        """Of the blocks that are being written."""
+        return [buffer.commit for buffer in self._buffers if buffer.commit and not buffer.commit.done()]
 
     def _add(self, **more: int) -> None:
         self._state = dataclasses.replace(

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-MOST_GROWTH = 1.4  # of the peak for each announced byte; 0.92 to 1.06 was found, and 1.9 where blocks are kept
+LEAST_GROWTH, MOST_GROWTH = (
+    0.5,
+    1.4,
+)  # of the peak for each announced byte; found 0.92 to 1.26, where blocks are kept 1.84 to 1.93
 RUN = """
 import json, re, sys
 from pathlib import Path
@@ -50,8 +53,8 @@ def measured(folder: Path, block_samples: int, keep: str) -> dict[str, int]:
 def grown(folder: Path, keep: str = "drop") -> float:
     """How much the peak grows for each announced byte. Libraries, programs and rows on their way are in both alike.
 
-    What compilers and allocators hold for a moment differs from run to run and only comes on top: where the growth is
-    over the bound, the least peak of up to three runs of each size counts. Blocks are there in every run.
+    What compilers and allocators hold for a moment differs from run to run and comes on top of either size: where the
+    growth is out of its bounds, the least peaks of up to three runs count. Blocks are there in every run.
     """
     peaks: dict[int, int] = {}
     for _ in range(3):
@@ -61,14 +64,14 @@ def grown(folder: Path, keep: str = "drop") -> float:
             assert run["blocks"] > 6, "more than twice what may be held"
             peaks[run["announced"]] = min(run["peak"], peaks.get(run["announced"], run["peak"]))
         (small, least), (large, most) = sorted(peaks.items())
-        if (most - least) / (large - small) < MOST_GROWTH:
+        if LEAST_GROWTH < (most - least) / (large - small) < MOST_GROWTH:
             break
     print(f"{keep}: {peaks}")
     return (most - least) / (large - small)
 
 
 def test_a_run_holds_what_it_announces(tmp_path: Path) -> None:
-    assert 0.5 < grown(tmp_path) < MOST_GROWTH
+    assert LEAST_GROWTH < grown(tmp_path) < MOST_GROWTH
 
 
 @pytest.mark.long

@@ -1,10 +1,10 @@
-"""Capture in a process of its own: with other libraries, each as its own documentation says, and with ours as a whole
-processor is best used, which is said before JAX starts.
+"""Capture in a process of its own: by other libraries, each as its own documentation says, and by ours on a device for
+each core, which JAX has to know before it starts.
 
 `python -m tests.benchmarks.captors WAY MODEL FOLDER` takes `run` and `keep`, a line each, and answers each with a line
 of JSON. `run` is one pass over `token_ids.npy` of the folder, after which the residual streams behind the layers of
-`layers.json` are a NumPy array [layer, row, hidden]; `keep` also writes it to `rows.npy`. It runs where a peer's
-environment has NumPy and no actstore.
+`layers.json` are a NumPy array [layer, row, hidden]; `keep` also writes it to `rows.npy`. Peers run in environments
+that have NumPy and no actstore.
 """
 
 import json
@@ -20,14 +20,17 @@ Run = Callable[[], np.ndarray]
 
 
 def with_actstore(model: str, token_ids: np.ndarray, layers: Sequence[int]) -> Run:
-    """The mesh that a run takes where `JAX_NUM_CPU_DEVICES` is the number of cores."""
+    """The mesh that a run takes where `JAX_NUM_CPU_DEVICES` is the number of cores. They must divide the batch."""
     import jax
 
     from extract.forward import make_forward
     from extract.mesh import default_mesh, make_mesh
     from extract.models import Tap, load_model
 
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0))
+    if len(token_ids) % cores:
+        raise ValueError(f"{cores} cores do not divide a batch of {len(token_ids)}")
+    jax.config.update("jax_num_cpu_devices", cores)
     loaded = load_model(model, mesh=make_mesh(*default_mesh(len(token_ids))))
     forward = make_forward(loaded, [Tap("resid_post", layer) for layer in layers], dtype="float32")
     positions = np.broadcast_to(np.arange(token_ids.shape[1], dtype=np.int32), token_ids.shape)
@@ -76,8 +79,7 @@ def stacked(states: Sequence[Any]) -> np.ndarray:
     return np.stack([state.reshape(-1, state.shape[-1]).numpy() for state in states])
 
 
-EACH_CORE = "actstore, a device for each core"
-WAYS = {EACH_CORE: with_actstore, "nnsight": with_nnsight, "TransformerLens": with_transformer_lens}
+WAYS = {"actstore, device per core": with_actstore, "nnsight": with_nnsight, "TransformerLens": with_transformer_lens}
 
 
 def main() -> None:

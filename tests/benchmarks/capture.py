@@ -1,7 +1,7 @@
 """Tokens per second of forward passes with and without capture, beside torch, nnsight and TransformerLens.
 
-All have the same weights and the same batch. The last two are processes in environments of their own (`captors`), and
-are measured if their rows are those of actstore; so is actstore with a device for each core.
+All have the same weights and the same batch. nnsight and TransformerLens are processes in environments of their own,
+actstore with a device for each core is one in ours (`captors`): each is measured if its rows are those of actstore.
 
 Each pass runs all layers and no output head, except where a way says otherwise, and leaves its rows on the host as
 NumPy arrays, as a store wants them: [layer, row, hidden] in float32.
@@ -50,7 +50,7 @@ def measure(folder: Path, *, model: str, repeats: int) -> dict[str, object]:
         seconds = median_seconds(ways, repeats=repeats)
     rates = {name: BATCH * CONTEXT / value for name, value in seconds.items()}
     for name, rate in rates.items():
-        print(f"capture        {name:<34} {rate:>9,.1f} tokens/s")
+        print(f"capture        {name:<37} {rate:>9,.1f} tokens/s")
     for name, way in compiled.items():
         memory = f"{way.temporary_bytes / 1e6:,.0f} MB beside weights"
         print(f"capture        {name:<22} compiled in {way.seconds:.1f} s, {memory}")
@@ -95,7 +95,7 @@ class Compiled:
 def peer_ways(
     folder: Path, model: Path, token_ids: np.ndarray, layers: Sequence[int], expected: np.ndarray, stack: ExitStack
 ) -> dict[str, Callable[[], Any]]:
-    """One pass of each peer whose rows are the expected ones; says why the others are not measured."""
+    """One pass of each process whose rows are the expected ones; says why the others are not measured."""
     ways: dict[str, Callable[[], Any]] = {}
     np.save(folder / "token_ids.npy", token_ids)
     (folder / "layers.json").write_text(json.dumps(layers))
