@@ -138,7 +138,7 @@ def places(
     mesh: Annotated[
         str | None,
         typer.Option(
-            help="devices as DATA,MODEL; default as many as divide --batch, and 1; of a CPU, JAX_NUM_CPU_DEVICES"
+            help="devices as DATA,MODEL; default as many as divide --batch, and 1; a CPU has JAX_NUM_CPU_DEVICES"
         ),
     ] = None,
     attention: Annotated[

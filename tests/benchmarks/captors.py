@@ -23,19 +23,15 @@ def with_actstore(model: str, token_ids: np.ndarray, layers: Sequence[int]) -> R
     """The mesh that a run takes where `JAX_NUM_CPU_DEVICES` is the number of cores. They must divide the batch."""
     import jax
 
-    from extract.forward import make_forward
     from extract.mesh import default_mesh, make_mesh
-    from extract.models import Tap, load_model
+    from extract.models import load_model
+    from tests.benchmarks.capture import Compiled
 
     cores = len(os.sched_getaffinity(0))
     if len(token_ids) % cores:
         raise ValueError(f"{cores} cores do not divide a batch of {len(token_ids)}")
     jax.config.update("jax_num_cpu_devices", cores)
-    loaded = load_model(model, mesh=make_mesh(*default_mesh(len(token_ids))))
-    forward = make_forward(loaded, [Tap("resid_post", layer) for layer in layers], dtype="float32")
-    positions = np.broadcast_to(np.arange(token_ids.shape[1], dtype=np.int32), token_ids.shape)
-    given = (token_ids, np.ones_like(token_ids), positions, np.arange(token_ids.size, dtype=np.int32))
-    return lambda: np.asarray(forward(loaded.params, *given)["resid_post"])
+    return Compiled(load_model(model, mesh=make_mesh(*default_mesh(len(token_ids)))), token_ids, layers).rows
 
 
 def with_nnsight(model: str, token_ids: np.ndarray, layers: Sequence[int]) -> Run:
